@@ -1,0 +1,7 @@
+"""`python -m alignlab`, as `accelerate launch -m alignlab` needs it."""
+
+import sys
+
+from alignlab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,187 @@
+"""What may stand under `sft:`, `dpo:` and `model.lora:`, read from the installed TRL, transformers and PEFT.
+
+Importing those classes takes seconds, so their field names, types and defaults are kept as JSON in
+`$ALIGNLAB_CACHE` (default ~/.cache/alignlab), in a file named after the versions it was read from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass
+from difflib import get_close_matches
+from enum import Enum
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 5e-6, which YAML 1.1 reads as a string
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one key may hold; `types` are those of YAML: bool, int, float, str, null, mapping, list[…], any."""
+
+    types: tuple[str, ...]
+    choices: tuple[str, ...] = ()  # of a str, or of the strings in a list
+    default: Any = None
+    required: bool = False
+
+    def read(self, value: Any) -> Any:
+        """`value` as this setting takes it; ValueError says what was expected.
+
+        Nothing is cast but what YAML cannot write otherwise: `5e-6` becomes a float where no string may stand,
+        and a single item becomes a list where only a list may stand.
+        """
+        if isinstance(value, str) and "str" not in self.types and "float" in self.types and EXPONENT.fullmatch(value):
+            value = float(value)
+        if not any(_fits(value, kind) for kind in self.types):
+            if not any(_fits([value], kind) for kind in self.types):
+                raise ValueError(f"expected {' or '.join(self.types)}" + self._quoting(value))
+            value = [value]
+        for text in value if isinstance(value, list) else [value]:
+            if self.choices and isinstance(text, str) and text not in self.choices:
+                known = ", ".join(self.choices) if len(self.choices) <= 16 else "a known name"
+                raise ValueError(f"expected {known}{suggest(text, self.choices)}")
+        return value
+
+    def _quoting(self, value: Any) -> str:
+        return "; write it in quotes" if "str" in self.types and not isinstance(value, (list, dict)) else ""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'beta'?` for `bta`, or nothing where no known word is near."""
+    begun = [name for name in known if len(word) > 2 and name.startswith(word)]
+    near = begun or get_close_matches(word, list(known), 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(any(_fits(item, k) for k in kind[5:-1].split("|")) for item in value)
+    if isinstance(value, bool):
+        return kind in ("bool", "any")
+    python = {"int": int, "float": (int, float), "str": str, "null": type(None), "mapping": dict, "any": object}
+    return isinstance(value, python.get(kind, ()))
+
+
+def setting(hint: Any, default: Any = MISSING, choices: tuple[str, ...] = ()) -> Setting:
+    """The setting that a type hint describes, as it can be written in YAML."""
+    kinds = dict(_kinds(hint))
+    named = choices or tuple(text for texts in kinds.values() for text in texts)
+    if any("[" in text for text in named):  # a pattern such as peft's 'pissa_niter_[number of iters]'
+        named = ()
+    required = default is MISSING
+    return Setting(tuple(kinds), named, None if required else _plain(default), required)
+
+
+def _kinds(hint: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """Each YAML type that `hint` admits, with the strings it is limited to."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        merged: dict[str, tuple[str, ...]] = {}
+        for kind, texts in (pair for arg in args for pair in _kinds(arg)):
+            merged[kind] = merged.get(kind, ()) + texts
+        return list(merged.items())
+    if origin is Literal:
+        names = tuple(arg for arg in args if isinstance(arg, str))
+        return [("str", names)] if names else [(type(args[0]).__name__, ())]
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return [("str", tuple(str(member.value) for member in hint))]
+    if origin in (list, tuple, set):
+        return [(f"list[{'|'.join(kind for kind, _ in _kinds(args[0]))}]", ())]
+    if hint is type(None):
+        return [("null", ())]
+    if hint in (bool, int, float, str):
+        return [(hint.__name__, ())]
+    if hint is Any:
+        return [("any", ())]
+    return [("mapping", ())]  # dicts, and the nested config classes that peft builds from dicts
+
+
+def _plain(default: Any) -> Any:
+    if isinstance(default, Enum):
+        return default.value
+    return default if isinstance(default, (bool, int, float, str, list, dict)) else None
+
+
+@cache
+def library_settings() -> Mapping[str, Mapping[str, Setting]]:
+    """The keyword arguments of `sft` (trl.SFTConfig), `dpo` (trl.DPOConfig) and `lora` (peft.LoraConfig)."""
+    path = cache_folder() / f"fields-{_versions()}.json"
+    try:
+        return _decode(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        described = _describe_libraries()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        _replace(path, json.dumps({name: {k: asdict(s) for k, s in of.items()} for name, of in described.items()}))
+    return described
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("ALIGNLAB_CACHE") or Path.home() / ".cache" / "alignlab")
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    libraries = "-".join(f"{name}{version(name)}" for name in ("trl", "transformers", "peft"))
+    return f"{libraries}-{sha256(Path(__file__).read_bytes()).hexdigest()[:8]}"  # and of how they are read, this file
+
+
+def _decode(cached: dict) -> dict[str, dict[str, Setting]]:
+    return {
+        library: {
+            key: Setting(tuple(s["types"]), tuple(s["choices"]), s["default"], s["required"]) for key, s in of.items()
+        }
+        for library, of in ((name, cached[name]) for name in ("sft", "dpo", "lora"))
+    }
+
+
+def _describe_libraries() -> dict[str, dict[str, Setting]]:
+    from peft import LoraConfig
+    from trl import DPOConfig, SFTConfig
+
+    return {"sft": _describe(SFTConfig), "dpo": _describe(DPOConfig), "lora": _describe(LoraConfig)}
+
+
+def _describe(config: type) -> dict[str, Setting]:
+    hints = get_type_hints(config)
+    fields: Mapping[str, Field] = config.__dataclass_fields__
+    return {
+        name: setting(hints[name], _default(field), _listed_choices(field))
+        for name, field in fields.items()
+        if field.init
+    }
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _listed_choices(field: Field) -> tuple[str, ...]:
+    """The choices that a field declares, or that its help lists after "Possible values are"."""
+    if "choices" in field.metadata:
+        return tuple(field.metadata["choices"])
+    _, found, listed = field.metadata.get("help", "").partition("Possible values are")
+    return tuple(re.findall(r"`'?(\w+)'?`", listed.partition(".")[0])) if found else ()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes beside `path` and renames, so that nobody reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)  # a cache may be shared
+        os.replace(beside, path)
+    except OSError:
+        os.unlink(beside)
+        raise

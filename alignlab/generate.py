@@ -1,0 +1,122 @@
+"""Batched sampling of replies, and the log-probabilities a model gives to replies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from alignlab.measures import token_logps
+
+NEXT_TURN = "\n\nHuman:"  # where an HH reply ends if the model goes on to speak for the human
+
+
+@dataclass(frozen=True)
+class Reply:
+    ids: tuple[int, ...]  # the stop token included, where there is one
+    text: str
+    ended: bool  # by its EOS or the next turn, not by the limit
+
+
+def sample_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    greedy: bool = False,
+    batch_size: int = 16,
+) -> list[Reply]:
+    """One reply to each prompt (token ids), sampled at temperature 1 without top-k or top-p.
+
+    Each batch has its own seed, so that the replies do not depend on which process draws a batch, nor on what was
+    drawn before. The caller's random state is left as it was.
+    """
+    replies = []
+    for number, batch in enumerate(batches(prompts, batch_size)):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 1_000_003 + number)
+            replies += _sample(model, tokenizer, batch, max_new_tokens, greedy)
+    return replies
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+@torch.no_grad()
+def _sample(model, tokenizer, prompts, max_new_tokens, greedy) -> list[Reply]:
+    ids_BT, mask_BT = pad_left(prompts, tokenizer.pad_token_id, model.device)
+    choice = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        stop_strings=[NEXT_TURN],
+        **choice,
+    )
+    was_training = model.training
+    model.eval()
+    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, tokenizer=tokenizer)
+    model.train(was_training)
+    return [_reply(tokenizer, row) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
+
+
+def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Reply:
+    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    text = tokenizer.decode(ids[:end])
+    if NEXT_TURN in text:
+        kept = next(n for n in range(1, end + 1) if NEXT_TURN in tokenizer.decode(ids[:n]))
+        return Reply(tuple(ids[:kept]), text[: text.index(NEXT_TURN)], ended=True)
+    return Reply(tuple(ids[: end + 1]), text, ended=end < len(ids))
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each (B, T), every row ending at the right edge."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def reply_logits(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits that predict each reply's tokens (B, T, V), the replies' ids (B, T) and their mask (B, T).
+
+    Rows are padded on the left, so that the LM head runs on reply positions only.
+    """
+    ids_BT, mask_BT = pad_left([[*p, *r] for p, r in zip(prompts, replies, strict=True)], pad, model.device)
+    longest = max(map(len, replies))
+    position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    logits_BTV = model(
+        input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, logits_to_keep=longest + 1, use_cache=False
+    ).logits
+    from_end = torch.arange(longest, 0, -1, device=model.device)
+    lengths = torch.tensor([len(r) for r in replies], device=model.device)
+    return logits_BTV[:, :-1], ids_BT[:, -longest:], from_end[None] <= lengths[:, None]
+
+
+@torch.no_grad()
+def reply_logps(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
+    pad: int,
+    batch_size: int = 8,
+) -> Tensor:
+    """log p(reply | prompt) of each reply, in nats, shape (N,), float32: by logits and a gather, without TRL."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - len(replies[i]))
+    logps = torch.zeros(len(prompts))
+    was_training = model.training
+    model.eval()
+    for rows in batches(order, batch_size):
+        logits, ids, mask = reply_logits(model, [prompts[i] for i in rows], [replies[i] for i in rows], pad)
+        logps[list(rows)] = (token_logps(logits, ids) * mask).sum(-1).cpu()
+    model.train(was_training)
+    return logps

@@ -1,0 +1,302 @@
+"""Tokenizer, 4-bit loading, LoRA, and what the reference is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from alignlab.errors import MachineError, ModelError
+from alignlab.recipe import ModelSection
+from alignlab.run import hash_file
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What DPO starts from: full weights, perhaps an adapter on them, and what the reference then is."""
+
+    weights: str  # hub id or folder
+    adapter: str | None
+    reference: str  # one sentence, printed and kept in the manifest
+
+
+def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer with a pad token and, where the recipe names one, its chat template.
+
+    Raises ModelError without an EOS token, or where only a `tokenizer.model` is at hand: transformers then orders
+    the merges of Llama's vocabulary wrongly.
+    """
+    name = folder or section.name
+    with _loading("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **_where(section, name))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {name} has no EOS token, so no reply could end; set eos_token in its config"
+        )
+    if Path(name).is_dir() and not (Path(name) / "tokenizer.json").is_file():
+        raise ModelError(f"{name} has no tokenizer.json; save one there with the original fast tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if section.chat_template:
+        tokenizer.chat_template = section.chat_template
+    return tokenizer
+
+
+def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedModel:
+    """The full model, in 4-bit where the recipe says so.
+
+    Under LoRA the frozen weights are kept in `dtype`. Where all weights are trained they are kept in float32 and
+    computed with in `dtype`, since a step of 1e-6 on a bfloat16 weight changes nothing.
+    """
+    name = name or section.name
+    dtype = compute_dtype(section) if section.lora else torch.float32
+    quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
+    attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
+    with _loading("model", name):
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=_placement(), **attention, **quantized, **_where(section, name)
+        )
+
+
+def load_config(section: ModelSection, name: str | None = None) -> PreTrainedConfig:
+    name = name or section.name
+    with _loading("config", name):
+        return AutoConfig.from_pretrained(name, **_where(section, name))
+
+
+def compute_dtype(section: ModelSection) -> torch.dtype:
+    """The recipe's dtype; raises MachineError where this GPU has no bfloat16."""
+    if section.dtype == "bfloat16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise MachineError(f"{torch.cuda.get_device_name()} has no bfloat16; set model.dtype=float16")
+    return getattr(torch, section.dtype)
+
+
+def quantization(section: ModelSection) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computed in the recipe's dtype (QLoRA, arXiv 2305.14314)."""
+    try:
+        import bitsandbytes
+    except Exception as e:
+        raise MachineError(f"bitsandbytes cannot be used here ({e}); set model.load_in_4bit=false") from None
+    # With AVX512_BF16, bitsandbytes packs 4-bit weights on the first forward in eval mode, and the packed kernel has
+    # no autograd: gradients after an evaluation are silently wrong. Seen in bitsandbytes 0.50.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(section),
+    )
+
+
+def best_attention(dtype: torch.dtype) -> str:
+    """FlashAttention where it is installed and the GPU and dtype allow it, else PyTorch's own."""
+    from transformers.utils import is_flash_attn_2_available
+
+    half = dtype in (torch.float16, torch.bfloat16)
+    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+def lora_config(section: ModelSection) -> LoraConfig:
+    assert section.lora is not None, "full fine-tuning has no adapter"
+    return LoraConfig(task_type="CAUSAL_LM", **section.lora)
+
+
+def add_adapter(weights: PreTrainedModel, section: ModelSection) -> PeftModel:
+    """A fresh trainable adapter, whose first output is that of the weights alone."""
+    return get_peft_model(weights, lora_config(section))
+
+
+def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> None:
+    """Raises ModelError where `max_length` exceeds the positions the model was made with."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and max_length > positions:
+        raise ModelError(
+            f"{stage}.max_length is {max_length}, but the model has {positions} positions; "
+            f"set data.max_prompt_tokens and data.max_reply_tokens to at most {positions} together"
+        )
+
+
+def find_start(section: ModelSection, sft_model: Path | None) -> Start:
+    """What a DPO run of this recipe starts from, by the one rule: the SFT run, unless the recipe says otherwise."""
+    if section.start is None:
+        assert sft_model is not None, "without model.start there is an SFT run"
+        is_adapter = (sft_model / ADAPTER_FILE).is_file()
+        name, what = str(sft_model), "this recipe's SFT run"
+    else:
+        name, what = section.start, "model.start"
+        is_adapter = _is_adapter(section)
+    if is_adapter and not section.lora:
+        raise ModelError(f"{name} is an adapter, but the recipe trains all weights; set model.lora, or merge it first")
+    weights, adapter = (section.name, name) if is_adapter else (name, None)
+    if adapter:
+        _refuse_other_base(section, adapter)
+    return Start(weights, adapter, _reference_sentence(section, adapter, name, what))
+
+
+def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
+    """The trainable policy, and a second model as the reference only where LoRA does not make one needless.
+
+    DPOTrainer turns a policy that comes with a trained adapter into policy and reference: it copies the adapter,
+    frozen, under the name `ref`. A fresh adapter's reference is the model with the adapter switched off.
+    """
+    policy = load_weights(section, start.weights)
+    if start.adapter:
+        with _loading("adapter", start.adapter):
+            return PeftModel.from_pretrained(policy, start.adapter, is_trainable=True), None
+    if section.lora:
+        return add_adapter(policy, section), None
+    return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
+
+
+def settle_adapters(model: PeftModel, section: ModelSection) -> None:
+    """Undoes DPOTrainer's cast of 4-bit adapters to bfloat16, exactly, and drops the copy where the base is wanted.
+
+    A bfloat16 adapter is not moved by DPO's small learning rates. Cloning from the copy, which stays float32, keeps
+    every bit of the SFT adapter, where casting back would keep the rounding (TRL 1.16).
+    """
+    for name, weight in model.named_parameters():
+        if ".default." not in name or not weight.requires_grad:
+            continue
+        copy = name.replace(".default.", ".ref.")
+        weight.data = model.get_parameter(copy).data.clone() if "ref" in model.peft_config else weight.data.float()
+    if section.reference == "base" and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+
+
+def load_adapters(model: PeftModel, checkpoint: Path) -> None:
+    """Puts a checkpoint's adapters back bit for bit, in the dtype they train in.
+
+    Trainer's own loading leaves out the policy's adapter (transformers 5.17) or casts it (5.23, 4-bit).
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    for name in model.peft_config:
+        folder = checkpoint if name == "default" else checkpoint / name
+        state = load_file(folder / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def weights_hash(folder: Path) -> str:
+    """A hash of the weights in a folder, by file name and content."""
+    import xxhash
+
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)")
+    return xxhash.xxh3_128("".join(f"{f.name} {hash_file(f)}\n" for f in files).encode()).hexdigest()
+
+
+def identify(section: ModelSection, name: str | None = None) -> dict[str, Any]:
+    """Which weights these are: the hash of a local folder, or the hub's commit."""
+    name = name or section.name
+    if Path(name).is_dir():
+        return {"name": name, "weights": weights_hash(Path(name))}
+    config = load_config(section, name)
+    return {"name": name, "revision": getattr(config, "_commit_hash", None) or section.revision}
+
+
+def _reference_sentence(section: ModelSection, adapter: str | None, name: str, what: str) -> str:
+    if section.reference == "base":
+        if section.start and not adapter and section.lora:
+            raise ModelError(
+                f"model.reference: base needs {section.name} in memory beside {name}; "
+                f"point model.start at an adapter, or leave model.reference out"
+            )
+        return f"the base model {section.name}, without {what}"
+    if adapter:
+        return f"a frozen copy of the adapter of {what} ({name})"
+    return f"{what} ({name}), " + ("with the new adapter switched off" if section.lora else "as a second, frozen copy")
+
+
+def _is_adapter(section: ModelSection) -> bool:
+    start = Path(section.start)
+    if start.is_dir():
+        return (start / ADAPTER_FILE).is_file()
+    from transformers.utils import cached_file
+
+    with _loading("model", section.start):
+        return cached_file(section.start, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _refuse_other_base(section: ModelSection, adapter: str) -> None:
+    with _loading("adapter", adapter):
+        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if trained_on and _same_place(trained_on, section.name):
+        return
+    raise ModelError(
+        f"the adapter {adapter} was trained on {trained_on}, and model.name is {section.name}; "
+        f"set model.name to the base it belongs to"
+    )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
+
+
+def _where(section: ModelSection, name: str) -> Mapping[str, Any]:
+    revision = {"revision": section.revision} if section.revision and name == section.name else {}
+    return {"trust_remote_code": section.trust_remote_code, **revision}
+
+
+def _placement() -> Any:
+    if not torch.cuda.is_available():
+        return None
+    from accelerate import PartialState
+
+    return {"": PartialState().device}
+
+
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Turns the many ways in which loading fails into one line that says what to do."""
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise ModelError(f"there is no {what} at {name}")
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as e:
+        raise _explained(what, name, e) from e
+
+
+def _explained(what: str, name: str, error: Exception) -> Exception:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = [error]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    text = " ".join(str(cause) for cause in causes)
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
+        return ModelError(
+            f"{name} is gated: accept its terms on its hub page and log in with `hf auth login`, "
+            f"or point model.name at a local folder"
+        )
+    if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
+        return error
+    if Path(name).is_dir():
+        return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}")
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return ModelError(f"the hub has no model {name}, or hides it; check the name, or log in with `hf auth login`")
+    return MachineError(
+        f"the {what} of {name} is neither on this machine nor can the hub be reached; "
+        f"download it where there is a network and point model.name at the folder"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

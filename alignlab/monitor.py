@@ -1,0 +1,266 @@
+"""Trainer callbacks: the metrics file, samples and KL on held-out prompts, checkpoints that count, and early checks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations.integration_utils import rewrite_logs
+from transformers.trainer_callback import ProgressCallback
+
+from alignlab.errors import ModelError
+from alignlab.generate import Reply, batches, reply_logits, sample_replies
+from alignlab.measures import estimate, kl_per_reply
+from alignlab.run import Run, append_line, mark_complete
+
+log = logging.getLogger(__name__)
+
+SHOWN = {  # of an evaluation, on the terminal
+    "eval_loss": "held-out loss",
+    "eval_rewards/margins": "margin",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_kl": "KL",
+    "eval_perplexity": "perplexity",
+    "eval_reply_tokens": "tokens per reply",
+}
+START_TOLERANCE = 0.01
+BATCH = 8  # prompts to a batch of sampling; part of what fixes the replies, since each batch has its own seed
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each logged step as one line of `metrics.jsonl`, under the names that wandb shows."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:  # a summary: the manifest holds it
+            row = {"step": state.global_step, "time": round(time.time(), 3), **rewrite_logs(logs)}
+            append_line(self.run.metrics_file, row)
+
+
+class Progress(ProgressCallback):
+    """Trainer's bar, and one line for each evaluation instead of a printed dictionary for each logged step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3g}")
+        if "eval_loss" in logs and state.is_world_process_zero:
+            figures = [f"{shown} {logs[key]:.3g}" for key, shown in SHOWN.items() if key in logs]
+            line = f"step {state.global_step}/{state.max_steps}: {', '.join(figures)}"
+            self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks a checkpoint as whole once everything in it is written; one without the mark is never resumed from."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """Evaluates and saves at the last step too, so that it competes for the best checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = control.should_save = True
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's business
+                self.before[number] = signal.signal(number, self._ask)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+
+class WeightsMove(TrainerCallback):
+    """Refuses to go on when the first step with a learning rate above zero has moved no trainable weight.
+
+    It compares the start of each trainable tensor. Under float16 the loss scaler may skip the first steps, so that
+    ten are allowed.
+    """
+
+    def __init__(self):
+        self.before: list[torch.Tensor] = []
+        self.learning_rate = 0.0
+        self.steps_allowed: int | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.steps_allowed = 10 if args.fp16 else 1
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError("the model has no trainable parameters; check model.lora's target_modules")
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.learning_rate = max(group["lr"] for group in optimizer.param_groups)
+        if self.steps_allowed and self.learning_rate > 0 and not self.before:
+            self.before = _starts(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.before:
+            return
+        self.steps_allowed -= 1
+        moved = any((new != old).any() for new, old in zip(_starts(model), self.before, strict=True))
+        if not moved and not self.steps_allowed:
+            raise ModelError(
+                f"a step at learning rate {self.learning_rate:.2g} moved no weight in {len(self.before)} trainable "
+                f"tensors; raise the learning rate, or keep trainable weights in float32"
+            )
+        if moved:
+            self.before, self.steps_allowed = [], 0
+
+
+def _starts(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [p.detach().flatten()[:4096].clone() for p in model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """The prompts that are answered at each evaluation, always the same ones with the same seed."""
+
+    split: str
+    texts: list[str]
+    ids: list[list[int]]
+    max_new_tokens: int
+    seed: int
+
+
+class Samples:
+    """Replies of the policy to held-out prompts, and how far they are from the reference.
+
+    `reference` is a context in which the model answers as the reference, or None where there is none (SFT). All
+    figures are over replies cut at `max_new_tokens`; the share that was cut is 1 − eos_rate.
+    """
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, prompts: HeldOutPrompts):
+        self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
+        self.reference_replies: list[Reply] | None = None
+
+    def measure(
+        self, model: PreTrainedModel, step: int, reference: Callable[[], Iterator[PreTrainedModel]] | None
+    ) -> dict[str, float]:
+        """Samples, writes the replies to `samples.jsonl`, and returns the metrics of this evaluation."""
+        replies = self._answer(model)
+        facts = [{"reply": r.text, "tokens": len(r.ids), "ended": r.ended} for r in replies]
+        metrics = {
+            "reply_tokens": sum(len(r.ids) for r in replies) / len(replies),
+            "eos_rate": sum(r.ended for r in replies) / len(replies),
+        }
+        if reference is not None:
+            kl = self._kl(model, replies, reference)
+            facts = [{**fact, "kl": nats} for fact, nats in zip(facts, kl, strict=True)]
+            metrics |= _kl_metrics(kl, replies)
+            facts = self._with_reference_replies(model, facts, reference)
+        for prompt, fact in zip(self.prompts.texts, facts, strict=True):
+            append_line(self.run.samples_file, {"step": step, "split": self.prompts.split, "prompt": prompt, **fact})
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    def _answer(self, model: PreTrainedModel) -> list[Reply]:
+        p = self.prompts
+        return sample_replies(
+            model, self.tokenizer, p.ids, max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=BATCH
+        )
+
+    def _with_reference_replies(self, model, facts, reference):
+        if self.reference_replies is None:
+            with reference() as reference_model:
+                self.reference_replies = self._answer(reference_model or model)
+        return [{**f, "reference_reply": r.text} for f, r in zip(facts, self.reference_replies, strict=True)]
+
+    @torch.no_grad()
+    def _kl(self, model, replies, reference) -> list[float]:
+        kl, was_training = [], model.training
+        model.eval()
+        for rows in batches(range(len(replies)), BATCH):
+            prompts, answers = [self.prompts.ids[i] for i in rows], [replies[i].ids for i in rows]
+            policy_logits, _, mask = reply_logits(model, prompts, answers, self.tokenizer.pad_token_id)
+            with reference() as reference_model:
+                other = reference_model or model
+                reference_logits, _, _ = reply_logits(other, prompts, answers, self.tokenizer.pad_token_id)
+            kl += kl_per_reply(policy_logits, reference_logits, mask).tolist()
+        model.train(was_training)
+        return kl
+
+
+def _kl_metrics(kl: list[float], replies: list[Reply]) -> dict[str, float]:
+    nats = estimate(kl)
+    return {
+        "kl": nats.mean,
+        "kl_stderr": nats.stderr,
+        "kl_per_token": sum(kl) / sum(len(r.ids) for r in replies),
+    }
+
+
+def check_start(loss: float, chosen_reward: float, rejected_reward: float, plain_sigmoid: bool) -> None:
+    """Refuses a DPO run whose policy and reference differ before the first step (law: one blessed reference).
+
+    Both are then the same weights, so both rewards are 0 and the sigmoid loss is ln 2; the tolerance of 0.01 is for
+    half precision, where two forwards may round differently.
+    """
+    if max(abs(chosen_reward), abs(rejected_reward)) > START_TOLERANCE:
+        raise ModelError(
+            f"before the first step the rewards are {chosen_reward:.4f} and {rejected_reward:.4f}, not 0: policy and "
+            f"reference are not the same model; if that is meant, set model.reference=base"
+        )
+    if plain_sigmoid and abs(loss - math.log(2)) > START_TOLERANCE:
+        raise ModelError(f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931: the reference is wrong")
+
+
+def check_reference(found: list[float], expected: list[float], exact: bool) -> None:
+    """Refuses a reference that does not give the SFT run's own log-probabilities (nats) to the same replies.
+
+    Within 0.1 % in float32, 2 % in 4-bit or half precision; a bare base model is off by about 10 %.
+    """
+    tolerance = 0.001 if exact else 0.02
+    for ours, theirs in zip(found, expected, strict=True):
+        if abs(ours - theirs) > tolerance * abs(theirs) + 0.05:
+            raise ModelError(
+                f"the reference gives a held-out reply {ours:.2f} nats where the SFT run gave {theirs:.2f}: "
+                f"it is not the SFT model; train SFT again with --force"
+            )

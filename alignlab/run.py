@@ -1,0 +1,278 @@
+"""The run directory: what a run leaves behind, and how it is read back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignlab.errors import RunError
+
+MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
+PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory, named by stage and recipe: `runs/mistral/dpo-beta0.3`."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def dropped_file(self) -> Path:
+        return self.path / "dropped.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the run says of itself; empty before it starts."""
+        if not self.manifest_file.is_file():
+            return {}
+        try:
+            return json.loads(self.manifest_file.read_text())
+        except ValueError as e:
+            raise RunError(
+                f"{self.manifest_file} is not JSON ({e}); remove {self.path} to start the run anew"
+            ) from None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.manifest.get("status") == "finished"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def samples(self) -> list[dict[str, Any]]:
+        return read_lines(self.samples_file)
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to the manifest, whole or not at all."""
+        write_json(self.manifest_file, {**self.manifest, **facts})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("ab") as file:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames, so that a reader sees the old file or the new one, never half of one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def cut_back(run: Run, step: int) -> None:
+    """Leaves only what was logged up to `step`, which is where training goes on."""
+    for file in (run.metrics_file, run.samples_file):
+        if file.is_file():
+            write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
+
+
+@contextlib.contextmanager
+def opened(
+    path: Path, stage: str, consumed: Mapping[str, Any], recipe_yaml: str, *, force: bool = False
+) -> Iterator[Run]:
+    """A run directory to train in, locked while the context lasts; its status is kept whatever happens.
+
+    Raises RunError where another process holds it, or where it was made from other settings than `consumed`. A run
+    that is finished comes back as it is: ask `is_finished` before training. `force` moves an older run aside.
+    """
+    from filelock import FileLock, Timeout
+
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"{path} is in use by another process; wait for it, or name this run with --run") from None
+    try:
+        if force and run.manifest:
+            _move_aside(path)
+        _refuse_other_settings(run, stage, consumed)
+        if not run.is_finished:
+            write_text(run.recipe_file, recipe_yaml)
+            run.note(**_circumstances(stage, consumed))
+        with _recorded(run):
+            yield run
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _recorded(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+            run.note(status="failed", stop_reason=f"{type(e).__name__}: {e}".splitlines()[0])
+        raise
+
+
+def _move_aside(path: Path) -> None:
+    aside = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old{n}")).exists())
+    path.rename(aside)
+    path.mkdir()
+    print(f"{path}: the older run is kept as {aside}", file=sys.stderr)
+
+
+def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:
+    made_from = run.manifest.get("consumed")
+    if made_from is None:
+        return
+    before, after = _flat(made_from), _flat(json.loads(json.dumps(consumed, default=str)))
+    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+        named = ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
+        raise RunError(
+            f"{run.path} was made from other settings: {named}; "
+            f"name a new run with --run, or train it again with --force"
+        )
+    assert run.manifest["stage"] == stage, f"{run.path} holds a {run.manifest['stage']} run"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _circumstances(stage: str, consumed: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "status": "running",
+        "stop_reason": None,
+        "consumed": consumed,
+        "command": " ".join(["alignlab", *sys.argv[1:]]),
+        "versions": package_versions(),
+        "git_commit": _git_commit(),
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: found for name in PACKAGES if (found := version(name))}
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Writes the marker that makes a checkpoint count: the size and hash of each of its files."""
+    write_json(checkpoint / MARKER, {str(f.relative_to(checkpoint)): _seal(f) for f in _files(checkpoint)})
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file of the checkpoint is as it was when the marker was written."""
+    try:
+        sealed = json.loads((checkpoint / MARKER).read_text())
+        return all(_seal(checkpoint / name) == tuple(seal) for name, seal in sealed.items())
+    except (OSError, ValueError):
+        return False
+
+
+def last_whole_checkpoint(run: Run) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that is whole, and the newer ones that are not."""
+    found = [p for p in run.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    damaged = []
+    for checkpoint in sorted(found, key=step_of, reverse=True):
+        if is_whole(checkpoint):
+            return checkpoint, damaged
+        damaged.append(checkpoint)
+    return None, damaged
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def remove_checkpoints(checkpoints: Iterable[Path]) -> None:
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MARKER)
+
+
+def _seal(file: Path) -> tuple[int, str]:
+    return file.stat().st_size, hash_file(file)
+
+
+def hash_file(file: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

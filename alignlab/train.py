@@ -1,0 +1,287 @@
+"""`train_sft` and `train_dpo`: recipe → run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers.trainer_callback import ProgressCallback
+from trl import DPOConfig, SFTConfig
+
+from alignlab import heldout, monitor, pretrain, toy
+from alignlab import model as models
+from alignlab import run as runs
+from alignlab.arguments import Circumstances, trl_arguments
+from alignlab.data import Prepared, prepare, sft_rows
+from alignlab.errors import RunError
+from alignlab.measures import Estimate, estimate
+from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
+from alignlab.run import Run
+from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
+
+log = logging.getLogger(__name__)
+
+
+def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
+    """Supervised fine-tuning on the chosen replies (loss over the reply only); a finished run is left as it is."""
+    with _opened(recipe, "sft", root, name, force) as run:
+        if run.is_finished:
+            return run
+        section = _with_weights(recipe).model
+        tokenizer, pairs = _prepared(recipe, section, run)
+        rows, repeats = sft_rows(pairs, "train")
+        log.info("data: %d replies to learn from; %d were chosen more than once", len(rows), repeats)
+        checkpoint = _resume_point(run)
+        args = sft_config(recipe, _here(run, len(rows), checkpoint))
+        models.check_positions(models.load_config(section), args.max_length, "sft")
+        set_seed(args.seed)
+        weights = models.load_weights(section)
+        policy = models.add_adapter(weights, section) if section.lora else weights
+        trainer = AlignSFTTrainer(
+            policy, args, train_dataset=rows, eval_dataset=sft_rows(pairs, "validation")[0], processing_class=tokenizer
+        )
+        if section.lora:
+            models.settle_adapters(policy, section)
+        run.note(base=models.identify(section))
+        _train(trainer, recipe, run, pairs, checkpoint)
+        scores = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
+        probe = heldout.probe(trainer.model, pairs.validation, tokenizer.pad_token_id)
+        _finish(trainer, run, probe=probe, test={"perplexity": heldout.reply_perplexity(scores), "n": len(pairs.test)})
+    return run
+
+
+def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
+    """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
+    sft = None if recipe.model.start else _sft_run(recipe, root)
+    with _opened(recipe, "dpo", root, name, force) as run:
+        if run.is_finished:
+            return run
+        section = _with_weights(recipe).model
+        tokenizer, pairs = _prepared(recipe, section, run)
+        start = models.find_start(section, sft.model if sft else None)
+        checkpoint = _resume_point(run)
+        args = dpo_config(recipe, _here(run, len(pairs.train), checkpoint))
+        models.check_positions(models.load_config(section), args.max_length, "dpo")
+        set_seed(args.seed)
+        policy, reference = models.load_policy(section, start)
+        trainer = AlignDPOTrainer(
+            policy,
+            reference,
+            args,
+            train_dataset=pairs.train,
+            eval_dataset=pairs.validation,
+            processing_class=tokenizer,
+        )
+        if section.lora:
+            models.settle_adapters(policy, section)
+        run.note(base=models.identify(section), parent=_parent(sft, start), reference=start.reference)
+        log.info("reference: %s", start.reference)
+        _check_start(trainer, recipe, pairs, sft)
+        _train(trainer, recipe, run, pairs, checkpoint)
+        _finish(trainer, run, test=_test(trainer, recipe, pairs, run))
+    return run
+
+
+def sft_config(recipe: Recipe, here: Circumstances) -> SFTConfig:
+    return SFTConfig(**trl_arguments(recipe, "sft", here))
+
+
+def dpo_config(recipe: Recipe, here: Circumstances) -> DPOConfig:
+    return DPOConfig(**trl_arguments(recipe, "dpo", here))
+
+
+def _here(run: Run, rows: int, checkpoint: Path | None) -> Circumstances:
+    world = PartialState().num_processes
+    return Circumstances(run.checkpoints, rows, not torch.cuda.is_available(), world, checkpoint is not None)
+
+
+@contextlib.contextmanager
+def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
+    path = root / recipe.name / (name or run_name(recipe, stage))
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        yield Run(path)
+        return
+    with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
+        state.wait_for_everyone()
+        if run.is_finished:
+            log.info("%s is finished (%s); --force trains it again", run.path, run.manifest["stop_reason"])
+        yield run
+
+
+def _sft_run(recipe: Recipe, root: Path) -> Run:
+    path = root / recipe.name / run_name(recipe, "sft")
+    if PartialState().num_processes > 1 and not Run(path).is_finished:
+        raise RunError(f"{path} is not finished; run `alignlab sft {recipe.name}` under the launcher first")
+    if not Run(path).is_finished:
+        log.info("%s is not there yet: SFT comes first", path)
+    return train_sft(recipe, root=root)
+
+
+def _with_weights(recipe: Recipe) -> Recipe:
+    """The recipe with the folder of the embedded base model in place of its name."""
+    if recipe.model.name != "toy":
+        return recipe
+    with PartialState().main_process_first():
+        folder = pretrain.base_model(recipe.data.toy)
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder)))
+
+
+def _prepared(recipe: Recipe, section: ModelSection, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
+    tokenizer = models.load_tokenizer(section)
+    pairs = prepare(recipe.data, tokenizer)
+    if PartialState().is_main_process:
+        shutil.copyfile(pairs.dropped_rows, run.dropped_file)
+        facts = ("rows", "kept", "dropped", "repaired", "fingerprint")
+        run.note(data={name: getattr(pairs, name) for name in facts})
+    kept, dropped = sum(pairs.kept.values()), sum(pairs.dropped.values())
+    log.info("data: %d rows, %d pairs kept %s, %d dropped", pairs.rows, kept, dict(pairs.kept), dropped)
+    return tokenizer, pairs
+
+
+def prepare_data(recipe: Recipe) -> Prepared:
+    """The recipe's pairs as its model will see them, without a run."""
+    return prepare(recipe.data, models.load_tokenizer(_with_weights(recipe).model))
+
+
+def _resume_point(run: Run) -> Path | None:
+    """The newest whole checkpoint; what was logged after it and what is damaged goes."""
+    checkpoint, damaged = runs.last_whole_checkpoint(run)
+    for broken in damaged:
+        log.warning("%s is not whole and is removed; going on from %s", broken, checkpoint or "the start")
+    if PartialState().is_main_process:
+        runs.remove_checkpoints(damaged)
+        runs.cut_back(run, runs.step_of(checkpoint) if checkpoint else -1)
+    PartialState().wait_for_everyone()
+    if checkpoint:
+        log.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
+    interrupt = monitor.StopOnInterrupt()
+    for callback in (ProgressCallback, PrinterCallback):  # `monitor.Progress` takes their place
+        trainer.remove_callback(callback)
+    own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
+    own += [monitor.MetricsFile(run), monitor.WholeCheckpoints()]
+    if recipe.monitor.patience:
+        own.append(EarlyStoppingCallback(recipe.monitor.patience))
+    for callback in own:
+        trainer.add_callback(callback)
+    prompts = _held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
+    trainer.samples = monitor.Samples(run, trainer.processing_class, prompts)
+    began = time.time()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.asked:
+        step = trainer.state.global_step
+        run.note(status="stopped", stop_reason=f"interrupted at step {step}")
+        raise KeyboardInterrupt(f"stopped at step {step} with a checkpoint; the same command goes on from there")
+    earlier = run.manifest.get("training_seconds", 0)
+    run.note(stop_reason=_stop_reason(trainer), training_seconds=round(earlier + time.time() - began, 1))
+
+
+def _stop_reason(trainer) -> str:
+    state = trainer.state
+    if state.global_step >= state.max_steps:
+        return f"all {state.max_steps} steps done; best checkpoint at step {state.best_global_step}"
+    return (
+        f"no better held-out loss since step {state.best_global_step}, whose checkpoint is kept; "
+        f"stopped at step {state.global_step} of {state.max_steps}"
+    )
+
+
+def _held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, seed: int) -> monitor.HeldOutPrompts:
+    """The first `monitor.kl.prompts` different prompts of a split."""
+    kl = recipe.monitor.kl
+    few = dict(zip(pairs["prompt"], pairs["prompt_ids"], strict=True))
+    texts = list(few)[: kl.prompts]
+    return monitor.HeldOutPrompts(split, texts, [few[text] for text in texts], kl.max_new_tokens, seed)
+
+
+def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
+    if sft is None:
+        return {"start": start.adapter or start.weights}
+    return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
+
+
+def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:
+    """The step-0 checks: the reference is the SFT model, and the policy starts where the reference is."""
+    pad = trainer.processing_class.pad_token_id
+    section = recipe.model
+    if section.reference == "sft":
+        if sft:
+            with trainer.as_reference() as reference:
+                found = heldout.probe(reference, pairs.validation, pad)
+            exact = section.dtype == "float32" and not section.load_in_4bit
+            monitor.check_reference(found, sft.manifest["probe"], exact)
+        for pair in pairs.train.select(range(min(4, len(pairs.train)))):
+            first = trainer.score_one(pair)
+            rewards = first["rewards/chosen"], first["rewards/rejected"]
+            monitor.check_start(first["loss"], *rewards, plain_sigmoid=trainer.loss_types == ["sigmoid"])
+
+
+def _test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
+    """The run's figures on the test split: estimates over pairs, and over replies to the test prompts."""
+    tokenizer = trainer.processing_class
+    policy = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
+    prompts = _held_out_prompts(recipe, pairs.test, "test", trainer.args.seed)
+    with trainer.as_reference() as model:
+        reference = heldout.score_pairs(model, pairs.test, tokenizer.pad_token_id)
+    found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
+    found["perplexity"] = heldout.reply_perplexity(policy)
+    found["reference_perplexity"] = heldout.reply_perplexity(reference)
+    samples = monitor.Samples(run, tokenizer, prompts)
+    step = trainer.state.best_global_step or trainer.state.global_step
+    replies = samples.measure(trainer.model, step, trainer.reference_context())
+    found |= {name.removeprefix("eval_"): value for name, value in replies.items()}
+    if recipe.data.source == "toy":
+        found["win_rate"] = dataclasses.asdict(_toy_win_rate([row for row in run.samples() if row["split"] == "test"]))
+    return found
+
+
+def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:
+    """How often the policy's reply beats the reference's by the toy's rule; a tie counts half."""
+    scored = [(toy.score(s["prompt"], s["reply"]), toy.score(s["prompt"], s["reference_reply"])) for s in samples]
+    return estimate([0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored])
+
+
+def _finish(trainer, run: Run, **facts: Any) -> None:
+    """Writes the final model whole, then the manifest that calls the run finished."""
+    if not PartialState().is_main_process:
+        return
+    beside = run.path / ".model"
+    shutil.rmtree(beside, ignore_errors=True)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy.save_pretrained(beside, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
+    trainer.processing_class.save_pretrained(beside)
+    shutil.rmtree(run.model, ignore_errors=True)
+    beside.rename(run.model)
+    run.note(
+        status="finished",
+        best_step=trainer.state.best_global_step,
+        steps=trainer.state.global_step,
+        world_size=PartialState().num_processes,
+        peak_memory_gib=round(_peak_memory() / 2**30, 2),
+        finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+    )
+
+
+def _peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,152 @@
+"""TRL's trainers with the few methods that alignlab overrides: every seam with TRL is here, and a test names each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import use_adapter
+
+from alignlab.model import load_adapters
+from alignlab.monitor import Samples
+
+PAIR_METRICS = ("rewards/", "logps/")  # TRL's metrics that are means over pairs; the others are means over tokens
+CHOSEN_METRICS = ("logits/chosen", "mean_token_accuracy")
+
+
+class _Seams:
+    """What both trainers need changed in TRL: resuming, exact held-out means, and metrics of our own."""
+
+    samples: Samples | None = None
+
+    def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
+        if isinstance(self.model, PeftModel):
+            load_adapters(self.model, Path(checkpoint))
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
+        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
+        self._total_train_tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            load_adapters(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Keeps each batch's size, so that a short last batch does not count as a full one in TRL's means."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        self._batch_sizes.append({name: self._total(count) for name, count in self._count(inputs).items()})
+        self._batch_losses.append(self.accelerator.gather(result[0].detach().float()).mean().item())
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs and self._batch_sizes:
+            metrics = self._metrics["eval"]
+            for name, values in metrics.items():
+                if len(values) == len(self._batch_sizes):
+                    metrics[name] = [_mean(values, [sizes[self._weight_of(name)] for sizes in self._batch_sizes])]
+            logs["eval_perplexity"] = self._perplexity()
+            if self.samples:
+                logs |= self.samples.measure(self._unwrapped(), self.state.global_step, self.reference_context())
+            self._batch_sizes.clear()
+            self._batch_losses.clear()
+        super().log(logs, start_time)
+
+    def _total(self, count: torch.Tensor) -> int:
+        return self.accelerator.gather(count).sum().item()
+
+    def _unwrapped(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+
+class AlignSFTTrainer(_Seams, SFTTrainer):
+    """TRL's SFTTrainer on rows that alignlab has prepared."""
+
+    def __init__(self, *args, **kwargs):
+        self._batch_sizes: list[dict[str, int]] = []
+        self._batch_losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"tokens": (inputs["labels"][:, 1:] != -100).sum()}
+
+    def _weight_of(self, metric: str) -> str:
+        return "tokens"
+
+    def _perplexity(self) -> float:
+        tokens = [sizes["tokens"] for sizes in self._batch_sizes]
+        return torch.tensor(_mean(self._batch_losses, tokens)).exp().item()
+
+    def reference_context(self) -> None:
+        return None
+
+
+class AlignDPOTrainer(_Seams, DPOTrainer):
+    """TRL's DPOTrainer on pairs that alignlab has prepared, with the reference that the recipe means."""
+
+    def __init__(self, *args, **kwargs):
+        self._batch_sizes: list[dict[str, int]] = []
+        self._batch_losses: list[float] = []
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+        """The pairs as they are: they hold token ids, and TRL would tokenize them again, cut them and drop some."""
+        return dataset
+
+    def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        chosen, rejected = inputs["completion_mask"][:, 1:].chunk(2)
+        pairs = torch.tensor(len(chosen), device=chosen.device)
+        return {
+            "pairs": pairs,
+            "chosen": chosen.sum(),
+            "rejected": rejected.sum(),
+            "tokens": chosen.sum() + rejected.sum(),
+        }
+
+    def _weight_of(self, metric: str) -> str:
+        if metric.startswith(PAIR_METRICS):
+            return "pairs"
+        return "chosen" if metric in CHOSEN_METRICS else "rejected" if metric == "logits/rejected" else "tokens"
+
+    def _perplexity(self) -> float:
+        """Of the chosen replies. TRL has averaged their log-probabilities over all pairs by now."""
+        pairs, tokens = (sum(sizes[name] for sizes in self._batch_sizes) for name in ("pairs", "chosen"))
+        return torch.tensor(-self._metrics["eval"]["logps/chosen"][0] * pairs / tokens).exp().item()
+
+    def reference_context(self):
+        return self.as_reference
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The model that answers as the reference does, while the context lasts."""
+        if self.ref_model is not None:
+            yield self.accelerator.unwrap_model(self.ref_model)
+            return
+        policy = self._unwrapped()
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+            yield policy
+
+    @torch.no_grad()
+    def score_one(self, pair: Mapping[str, Any]) -> dict[str, float]:
+        """TRL's own loss and rewards of one pair, leaving no trace in its averages."""
+        self.model.eval()
+        inputs = self._prepare_inputs(self.data_collator([pair]))
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, inputs).item()
+        found = {name: values[-1] for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        return {"loss": loss, **found}
+
+
+def _mean(values: list[float], weights: list[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
