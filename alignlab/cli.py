@@ -65,13 +65,14 @@ def _show(args: argparse.Namespace) -> None:
 
 def _data(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
-    from alignlab.describe import describe, render, write_pairs
+    from alignlab.data import write_pairs
+    from alignlab.describe import describe, render
     from alignlab.train import prepare_data
 
-    pairs = prepare_data(recipe)
+    tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
-    description = describe(pairs)
+    description = describe(pairs, recipe.data, tokenizer)
     print(json.dumps(description, ensure_ascii=False) if args.json else render(description))
 
 

@@ -251,36 +251,37 @@ def _carve(key: bytes, shares: Mapping[str, float]) -> str:
 
 
 def _check_splits(ledger: Ledger, shares: Mapping[str, float], section: DataSection) -> None:
-    where = section.path or section.source
+    """Raises `DataError` where there is nothing to train on, to choose by or to test on."""
+    where, kept = section.path or section.source, ledger.kept.total()
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in ledger.dropped.most_common(3)) or "nothing"
+    empty = [split for split in SPLITS if not ledger.kept[split]]
     if not ledger.rows:
         raise DataError(f"{where}: no rows: the data is empty")
-    if not ledger.kept.total():
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in ledger.dropped.most_common(3))
+    if not kept:
         raise DataError(
             f"{where}: not one usable row of {ledger.rows}: {reasons}; data.source={section.source} needs"
             f" {NEEDS[section.source]}; {ledger.first_dropped}"
         )
-    empty = [split for split in SPLITS if not ledger.kept[split]]
-    if "train" in empty:
-        raise DataError(f"{where}: no train rows are left; lower data.validation_share or data.test_share")
     if empty:
-        raise DataError(
-            f"{where}: no {' and no '.join(empty)} rows among {ledger.kept.total()} pairs;"
-            f" {_larger_shares(ledger, empty, shares)}"
-        )
+        remedy = _larger_shares(ledger, empty, shares)
+        raise DataError(f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons}); {remedy}")
 
 
 def _larger_shares(ledger: Ledger, empty: Sequence[str], shares: Mapping[str, float]) -> str:
-    """What to set so that each carved split holds at least one dialogue of this data."""
+    """What to set so that every split holds at least one dialogue of this data."""
+    if "train" in empty:
+        return "lower data.validation_share or data.test_share, or bring more rows"
     if not all(shares[split] for split in empty):
-        return "bring usable rows of that split, or let it be carved by the dialogues' shares (data.test_split=null)"
-    places = sorted(map(_place, ledger.dialogues["train"] | ledger.dialogues["test"]))
+        return "bring rows of that split, or let the dialogues' shares make it (data.test_split=null)"
+    places = sorted(_place(key) for keys in ledger.dialogues.values() for key in keys)
     wanted, start = dict(shares), 0.0
     for split in ("test", "validation"):
         later = [place for place in places if place >= start]
         if split in empty and later:
             wanted[split] = math.ceil(100 * (later[0] - start) + 1e-9) / 100
         start += wanted[split]
+    if start > 1 or not any(place >= start for place in places):
+        return "bring more rows"
     return "set " + " and ".join(f"data.{split}_share={wanted[split]:g}" for split in empty) + ", or bring more rows"
 
 

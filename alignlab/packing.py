@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from alignlab.errors import ModelError
 
 log = logging.getLogger(__name__)
+Sizes = list[list[int]]
 
 PREFIX, CHOSEN, REJECTED, NOTHING = 0, 1, 2, -1
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -43,9 +45,6 @@ MAX_DIFFERENCE = 1e-3
 """Nats by which any token's log-probability may differ on the first batch where all arithmetic is in float32."""
 MEAN_DIFFERENCE = 0.03
 """Nats by which log-probabilities may differ on average in lower precision, where single tokens differ by rounding."""
-
-
-# ---- whether it can be done -------------------------------------------------------------------------------------
 
 
 def decide(setting: Literal["auto"] | bool, model: nn.Module, device: torch.device | str) -> tuple[bool, str]:
@@ -108,9 +107,6 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-# ---- where each token goes --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Layout:
     """The batch in packed rows, and where each of its tokens stands there."""
@@ -120,7 +116,7 @@ class Layout:
     pair_RW: Tensor  # whose token it is, or NOTHING
     branch_RW: Tensor  # PREFIX, CHOSEN or REJECTED
     place_ST: Tensor  # of each token of the batch: row × W + column; 0 at padding
-    segments: tuple[tuple[int, int, int], ...]  # row, first column, end of each pair and of each gap
+    sizes: Sizes  # of the pairs and gaps that make up each row
 
 
 def lay_out(ids_ST: Tensor, lengths_S: Tensor, reach: float) -> Layout:
@@ -150,14 +146,8 @@ def lay_out(ids_ST: Tensor, lengths_S: Tensor, reach: float) -> Layout:
         pair_RW=pair_RW,
         branch_RW=pack(branch_ST),
         place_ST=place_ST,
-        segments=tuple(_segments(pair_RW)),
+        sizes=[torch.unique_consecutive(pair_W, return_counts=True)[1].tolist() for pair_W in pair_RW],
     )
-
-
-def _segments(pair_RW: Tensor) -> Iterator[tuple[int, int, int]]:
-    for row, pair_W in enumerate(pair_RW):
-        ends = torch.unique_consecutive(pair_W, return_counts=True)[1].cumsum(0).tolist()
-        yield from ((row, first, end) for first, end in zip([0, *ends], ends, strict=False))
 
 
 def place_segments(sizes_B: Tensor, reach: float) -> tuple[Tensor, tuple[int, int]]:
@@ -185,19 +175,17 @@ def first_fit(sizes: list[int], width: int) -> tuple[list[tuple[int, int]], tupl
     return spots, (len(used), max(used))
 
 
-# ---- what each token sees ---------------------------------------------------------------------------------------
-
-
 def visible(layout: Layout, window: int | None = None) -> Tensor:
     """Which key each query may see, shape (R, 1, W, W): its own prefix and branch, not later, within the window."""
     rows, width = layout.pair_RW.shape
     mask_R1WW = torch.zeros(rows, 1, width, width, dtype=torch.bool)
-    for row, first, end in layout.segments:  # pairs never see each other
-        branch_N, position_N = layout.branch_RW[row, first:end], layout.position_RW[row, first:end].int()
-        distance_NN = position_N[:, None] - position_N
-        same_branch_NN = (branch_N == PREFIX) | (branch_N == branch_N[:, None])
-        seen_NN = same_branch_NN & (distance_NN >= 0)
-        mask_R1WW[row, 0, first:end, first:end] = seen_NN if window is None else seen_NN & (distance_NN < window)
+    for row, sizes in enumerate(layout.sizes):  # block by block: pairs never see each other
+        branches, positions = layout.branch_RW[row].split(sizes), layout.position_RW[row].int().split(sizes)
+        for branch_N, position_N, end in zip(branches, positions, accumulate(sizes), strict=True):
+            distance_NN = position_N[:, None] - position_N
+            seen_NN = (distance_NN >= 0) & ((branch_N == PREFIX) | (branch_N == branch_N[:, None]))
+            block = slice(end - len(branch_N), end)
+            mask_R1WW[row, 0, block, block] = seen_NN if window is None else seen_NN & (distance_NN < window)
     return mask_R1WW
 
 
@@ -211,7 +199,7 @@ def attention_masks(layout: Layout, model: PreTrainedModel) -> Tensor | dict[str
     if config._attn_implementation == "eager":  # adds its mask to the scores
         masks = {kind: _additive(mask, model.dtype) for kind, mask in masks.items()}
     elif attends_by_segment(model):
-        masks = {kind: SegmentMask.of(mask, layout) for kind, mask in masks.items()}
+        masks = {kind: SegmentMask.of(mask, layout.sizes) for kind, mask in masks.items()}
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
@@ -223,49 +211,38 @@ def attends_by_segment(model: PreTrainedModel) -> bool:
 class SegmentMask(Tensor):
     """A block mask that `scaled_dot_product_attention` takes block by block, which is the same and does less.
 
-    It is a whole mask all the same: an operation that loses the segments makes it slower, not wrong.
+    It is a whole mask all the same: an operation that loses the sizes makes it slower, not wrong.
     """
 
-    segments: tuple[tuple[int, int, int], ...]
+    sizes: Sizes
 
     @staticmethod
-    def of(mask_R1WW: Tensor, layout: Layout) -> SegmentMask:
+    def of(mask_R1WW: Tensor, sizes: Sizes) -> SegmentMask:
         mask = mask_R1WW.as_subclass(SegmentMask)
-        mask.segments = layout.segments
+        mask.sizes = sizes
         return mask
 
     @classmethod
     def __torch_function__(cls, function: Callable, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        mask = kwargs.get("attn_mask")
-        if function is not nn.functional.scaled_dot_product_attention or not hasattr(mask, "segments"):
-            result = super().__torch_function__(function, kinds, args, kwargs)
-            if function is Tensor.detach and hasattr(args[0], "segments"):  # reentrant checkpointing detaches
-                result.segments = args[0].segments
-            return result
-        others = {name: value for name, value in kwargs.items() if name != "attn_mask"}
-        return _attend_by_segment(*args, mask=mask.as_subclass(Tensor), segments=mask.segments, **others)
+        mask = (kwargs or {}).get("attn_mask")
+        if function is nn.functional.scaled_dot_product_attention and hasattr(mask, "sizes"):
+            return attend_by_segment(*args, **kwargs)
+        result = super().__torch_function__(function, kinds, args, kwargs or {})
+        if function is Tensor.detach and hasattr(args[0], "sizes"):  # as reentrant checkpointing does
+            result.sizes = args[0].sizes
+        return result
 
 
-def _attend_by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor,
-    segments: tuple[tuple[int, int, int], ...],
-    **others: Any,
-) -> Tensor:
-    """`scaled_dot_product_attention` (R, heads, W, features), one call a segment."""
-    rows: dict[int, list[Tensor]] = {}
-    for row, first, end in segments:
-        cut = lambda x, row=row, first=first, end=end: x[row : row + 1, :, first:end]
-        block = cut(mask)[..., first:end]
-        attended = nn.functional.scaled_dot_product_attention(
-            cut(query), cut(key), cut(value), attn_mask=block, **others
-        )
-        rows.setdefault(row, []).append(attended)
-    return torch.cat([torch.cat(parts, dim=2) for parts in rows.values()])
+def attend_by_segment(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: SegmentMask, **others: Any) -> Tensor:
+    """`scaled_dot_product_attention` of (R, heads, W, features), in one call a segment."""
+    attend, rows = nn.functional.scaled_dot_product_attention, []
+    for row, sizes in enumerate(attn_mask.sizes):
+        mask_WW, last = attn_mask.as_subclass(Tensor)[row, 0], [*accumulate(sizes)]
+        blocks = [mask_WW[end - size : end, end - size : end] for size, end in zip(sizes, last, strict=True)]
+        parts = zip(*(x[row, None].split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        done = [attend(*part, attn_mask=block, **others) for part, block in zip(parts, blocks, strict=True)]
+        rows.append(torch.cat(done, dim=2))
+    return torch.cat(rows)
 
 
 def attention_reach(model: PreTrainedModel) -> float:
@@ -283,9 +260,6 @@ def sliding_window(model: PreTrainedModel) -> int | None:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-# ---- the forward ------------------------------------------------------------------------------------------------
 
 
 def share_prefixes(model: nn.Module, on_difference: Literal["raise", "stop"] = "raise") -> PrefixSharing:
@@ -306,6 +280,7 @@ def share_prefixes(model: nn.Module, on_difference: Literal["raise", "stop"] = "
 
 def _dropout(model: nn.Module) -> str | None:
     rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates += [rate for module in model.modules() if isinstance(rate := getattr(module, "attention_dropout", 0), float)]
     return f"a dropout of {max(rates)} would strike both branches of a prefix alike" if any(rates) else None
 
 

@@ -27,7 +27,7 @@ from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, sft_rows
 from alignlab.errors import RunError
 from alignlab.measures import Estimate, estimate
-from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
+from alignlab.recipe import Recipe, consumed, run_name, write_yaml
 from alignlab.run import Run
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
@@ -40,9 +40,10 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         if run.is_finished:
             return run
         section = _with_weights(recipe).model
-        tokenizer, pairs = _prepared(recipe, section, run)
-        rows, repeats = sft_rows(pairs, "train")
-        log.info("data: %d replies to learn from; %d were chosen more than once", len(rows), repeats)
+        tokenizer, pairs = _prepared(recipe, run)
+        rows, held_out = sft_rows(pairs.train), sft_rows(pairs.validation)
+        doubles = len(pairs.train) - len(rows)
+        log.info("data: %d replies to learn from; %d more pairs prefer one of them again", len(rows), doubles)
         checkpoint = _resume_point(run)
         args = sft_config(recipe, _here(run, len(rows), checkpoint))
         models.check_positions(models.load_config(section), args.max_length, "sft")
@@ -50,7 +51,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         weights = models.load_weights(section)
         policy = models.add_adapter(weights, section) if section.lora else weights
         trainer = AlignSFTTrainer(
-            policy, args, train_dataset=rows, eval_dataset=sft_rows(pairs, "validation")[0], processing_class=tokenizer
+            policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
         )
         if section.lora:
             models.settle_adapters(policy, section)
@@ -69,7 +70,7 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         if run.is_finished:
             return run
         section = _with_weights(recipe).model
-        tokenizer, pairs = _prepared(recipe, section, run)
+        tokenizer, pairs = _prepared(recipe, run)
         start = models.find_start(section, sft.model if sft else None)
         checkpoint = _resume_point(run)
         args = dpo_config(recipe, _here(run, len(pairs.train), checkpoint))
@@ -140,21 +141,19 @@ def _with_weights(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder)))
 
 
-def _prepared(recipe: Recipe, section: ModelSection, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
-    tokenizer = models.load_tokenizer(section)
-    pairs = prepare(recipe.data, tokenizer)
+def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
+    """The recipe's tokenizer and its pairs as the model will see them, without a run."""
+    tokenizer = models.load_tokenizer(_with_weights(recipe).model)
+    return tokenizer, prepare(recipe.data, tokenizer)
+
+
+def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
+    tokenizer, pairs = prepare_data(recipe)
     if PartialState().is_main_process:
         shutil.copyfile(pairs.dropped_rows, run.dropped_file)
         facts = ("rows", "kept", "dropped", "repaired", "fingerprint")
         run.note(data={name: getattr(pairs, name) for name in facts})
-    kept, dropped = sum(pairs.kept.values()), sum(pairs.dropped.values())
-    log.info("data: %d rows, %d pairs kept %s, %d dropped", pairs.rows, kept, dict(pairs.kept), dropped)
     return tokenizer, pairs
-
-
-def prepare_data(recipe: Recipe) -> Prepared:
-    """The recipe's pairs as its model will see them, without a run."""
-    return prepare(recipe.data, models.load_tokenizer(_with_weights(recipe).model))
 
 
 def _resume_point(run: Run) -> Path | None:

@@ -10,7 +10,6 @@ would merge with it into another token.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import NamedTuple
 from alignlab.errors import DataError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_TURN_START = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Turn(NamedTuple):
@@ -40,10 +38,18 @@ class Pair:
 
 def split_turns(text: str) -> list[Turn]:
     """The turns of a transcript, in order; `join_turns` gives the same text back."""
-    before, *pieces = _TURN_START.split(text)
-    if before or not pieces:
+    _check_beginning(text)
+    before, *spoken = text.split(HUMAN)
+    turns = [Turn("Assistant", reply) for reply in before.split(ASSISTANT)[1:]]
+    for piece in spoken:
+        words, *replies = piece.split(ASSISTANT)
+        turns += [Turn("Human", words), *(Turn("Assistant", reply) for reply in replies)]
+    return turns
+
+
+def _check_beginning(text: str) -> None:
+    if not text.startswith((HUMAN, ASSISTANT)):
         raise DataError("the text does not begin with a Human or Assistant turn")
-    return [Turn(role, words) for role, words in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
 def join_turns(turns: Iterable[Turn]) -> str:
@@ -60,8 +66,7 @@ def one_turn(text: str) -> str:
 
 def split_last_turn(text: str) -> tuple[str, str]:
     """A transcript cut behind its last `\\n\\nAssistant:`, into (prompt, reply)."""
-    if not _TURN_START.match(text):
-        raise DataError("the text does not begin with a Human or Assistant turn")
+    _check_beginning(text)
     start = text.rfind(ASSISTANT)
     if start < 0:
         raise DataError("the dialogue has no Assistant turn")

@@ -14,7 +14,9 @@ from alignlab.transcript import Pair, Turn, dialogue_key, join_turns, shorten, s
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
 
-pieces = st.sampled_from(["\n\nHuman:", "\n\nAssistant:", "\n\nHuman", "Human:", "Assistant:", "\n", "\r", " ", "é😀\x00"])
+pieces = st.sampled_from(
+    ["\n\nHuman:", "\n\nAssistant:", "\n\nHuman", "Human:", "Assistant:", "\n", "\r", " ", "é😀\x00"]
+)
 hostile = st.lists(pieces | st.text(max_size=4), max_size=8).map("".join)
 texts = hostile.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
 turns = st.lists(st.builds(Turn, st.sampled_from(["Human", "Assistant"]), texts), min_size=1, max_size=6)
@@ -106,7 +108,7 @@ def test_the_dialogue_key_is_the_first_human_turn():
 
 
 def test_splitting_a_ten_megabyte_dialogue_takes_under_two_seconds():
-    turn = "\n\nHuman: " + "\nHuman: \n" * 50 + "\n\nAssistant: yes\n\n"
+    turn = "\n\nHuman: " + "\nHuman:\n Assistant:" * 50 + "\n\nAssistant: yes\n\n"
     text = turn * (10_000_000 // len(turn))
     start = time.process_time()
     pair = split_pair(text + "a", text + "b")
