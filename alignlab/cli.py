@@ -26,7 +26,8 @@ QUIET = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a fault the user can mend (one line on stderr), 130 interrupted."""
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    quiet = QUIET if sys.stderr.isatty() else {**QUIET, "TQDM_DISABLE": "1"}  # no bars in log files
+    os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
     _configure_logging()
     args = _parser().parse_args(argv)
     try:

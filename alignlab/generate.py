@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +40,7 @@ def sample_replies(
     """
     replies = []
     for number, batch in enumerate(batches(prompts, batch_size)):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed * 1_000_003 + number)
             replies += _sample(model, tokenizer, batch, max_new_tokens, greedy)
     return replies
@@ -62,9 +64,24 @@ def _sample(model, tokenizer, prompts, max_new_tokens, greedy) -> list[Reply]:
     )
     was_training = model.training
     model.eval()
-    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, tokenizer=tokenizer)
+    with _own_settings_off(model):
+        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, tokenizer=tokenizer)
     model.train(was_training)
     return [_reply(tokenizer, row) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
+
+
+@contextlib.contextmanager
+def _own_settings_off(model: PreTrainedModel) -> Iterator[None]:
+    """Without the penalties and cut-offs of the model's `generation_config.json`, which `generate` would fill in.
+
+    Replies drawn with them are not samples of the model, and a KL over such replies is no estimate of its KL.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Reply:

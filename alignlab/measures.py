@@ -56,11 +56,12 @@ def perplexity(logps_B: Tensor, tokens_B: Tensor) -> float:
 def kl_per_token(policy_logits_BTV: Tensor, reference_logits_BTV: Tensor) -> Tensor:
     """KL(policy ‖ reference) of each next-token distribution, in nats; shape (B, T).
 
-    Where the policy gives a token no probability it adds nothing, as 0 log 0 = 0.
+    Where the policy gives a token no probability it adds nothing, as 0 log 0 = 0; logits that are nan stay nan.
     """
     policy_BTV = policy_logits_BTV.float().log_softmax(-1)
     reference_BTV = reference_logits_BTV.float().log_softmax(-1)
-    return F.kl_div(reference_BTV, policy_BTV, reduction="none", log_target=True).nan_to_num(0.0).sum(-1)
+    kl_BTV = F.kl_div(reference_BTV, policy_BTV, reduction="none", log_target=True)
+    return kl_BTV.masked_fill(policy_BTV == -math.inf, 0.0).sum(-1)
 
 
 def kl_per_reply(policy_logits_BTV: Tensor, reference_logits_BTV: Tensor, mask_BT: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -43,7 +44,7 @@ def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrain
     the merges of Llama's vocabulary wrongly.
     """
     name = folder or section.name
-    with _loading("tokenizer", name):
+    with _loading("tokenizer", name, section):
         tokenizer = AutoTokenizer.from_pretrained(name, **_where(section, name))
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -68,7 +69,7 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     dtype = compute_dtype(section) if section.lora else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
     attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
-    with _loading("model", name):
+    with _loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=_placement(), **attention, **quantized, **_where(section, name)
         )
@@ -76,7 +77,7 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
 
 def load_config(section: ModelSection, name: str | None = None) -> PreTrainedConfig:
     name = name or section.name
-    with _loading("config", name):
+    with _loading("config", name, section):
         return AutoConfig.from_pretrained(name, **_where(section, name))
 
 
@@ -152,12 +153,12 @@ def find_start(section: ModelSection, sft_model: Path | None) -> Start:
 def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None]:
     """The trainable policy, and a second model as the reference only where LoRA does not make one needless.
 
-    DPOTrainer turns a policy that comes with a trained adapter into policy and reference: it copies the adapter,
-    frozen, under the name `ref`. A fresh adapter's reference is the model with the adapter switched off.
+    DPOTrainer turns a policy that comes with an adapter into policy and reference: it copies the adapter, frozen,
+    under the name `ref`. The copy of a fresh adapter answers as the model without one.
     """
     policy = load_weights(section, start.weights)
     if start.adapter:
-        with _loading("adapter", start.adapter):
+        with _loading("adapter", start.adapter, section):
             return PeftModel.from_pretrained(policy, start.adapter, is_trainable=True), None
     if section.lora:
         return add_adapter(policy, section), None
@@ -231,12 +232,12 @@ def _is_adapter(section: ModelSection) -> bool:
         return (start / ADAPTER_FILE).is_file()
     from transformers.utils import cached_file
 
-    with _loading("model", section.start):
+    with _loading("model", section.start, section):
         return cached_file(section.start, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _refuse_other_base(section: ModelSection, adapter: str) -> None:
-    with _loading("adapter", adapter):
+    with _loading("adapter", adapter, section):
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     if trained_on and _same_place(trained_on, section.name):
         return
@@ -264,27 +265,26 @@ def _placement() -> Any:
 
 
 @contextlib.contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
+def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
     try:
         yield
-    except (OSError, ValueError, ImportError) as e:
-        raise _explained(what, name, e) from e
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
+        raise _explained(what, name, "model.start" if name == section.start else "model.name", e) from e
 
 
-def _explained(what: str, name: str, error: Exception) -> Exception:
+def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     causes = [error]
     while causes[-1].__cause__ or causes[-1].__context__:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    text = " ".join(str(cause) for cause in causes)
-    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in text:
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
         return ModelError(
             f"{name} is gated: accept its terms on its hub page and log in with `hf auth login`, "
-            f"or point model.name at a local folder"
+            f"or point {key} at a local folder"
         )
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
         return error
@@ -294,7 +294,7 @@ def _explained(what: str, name: str, error: Exception) -> Exception:
         return ModelError(f"the hub has no model {name}, or hides it; check the name, or log in with `hf auth login`")
     return MachineError(
         f"the {what} of {name} is neither on this machine nor can the hub be reached; "
-        f"download it where there is a network and point model.name at the folder"
+        f"download it where there is a network and point {key} at the folder"
     )
 
 

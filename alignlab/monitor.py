@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import netrc
+import os
+import random
 import signal
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -243,12 +247,12 @@ def check_start(loss: float, chosen_reward: float, rejected_reward: float, plain
     Both are then the same weights, so both rewards are 0 and the sigmoid loss is ln 2; the tolerance of 0.01 is for
     half precision, where two forwards may round differently.
     """
-    if max(abs(chosen_reward), abs(rejected_reward)) > START_TOLERANCE:
+    if not (abs(chosen_reward) <= START_TOLERANCE and abs(rejected_reward) <= START_TOLERANCE):  # nan fails too
         raise ModelError(
             f"before the first step the rewards are {chosen_reward:.4f} and {rejected_reward:.4f}, not 0: policy and "
             f"reference are not the same model; if that is meant, set model.reference=base"
         )
-    if plain_sigmoid and abs(loss - math.log(2)) > START_TOLERANCE:
+    if plain_sigmoid and not abs(loss - math.log(2)) <= START_TOLERANCE:
         raise ModelError(f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931: the reference is wrong")
 
 
@@ -259,8 +263,43 @@ def check_reference(found: list[float], expected: list[float], exact: bool) -> N
     """
     tolerance = 0.001 if exact else 0.02
     for ours, theirs in zip(found, expected, strict=True):
-        if abs(ours - theirs) > tolerance * abs(theirs) + 0.05:
+        if not abs(ours - theirs) <= tolerance * abs(theirs) + 0.05:  # nan fails too
             raise ModelError(
                 f"the reference gives a held-out reply {ours:.2f} nats where the SFT run gave {theirs:.2f}: "
                 f"it is not the SFT model; train SFT again with --force"
             )
+
+
+@contextlib.contextmanager
+def wandb_run(run: Run, group: str) -> Iterator[None]:
+    """Names this run for wandb and ends it with the context; offline by itself where nobody is logged in.
+
+    `WANDB_MODE`, `WANDB_PROJECT` and the other variables of wandb's own win. A resumed run goes on in its wandb run,
+    whose id is in the manifest; the runs of a recipe share a group.
+    """
+    wandb_id = run.manifest.get("wandb_id") or "".join(random.choices(string.ascii_lowercase + string.digits, k=8))
+    own = {"WANDB_RUN_ID": wandb_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.path)}
+    named = {"WANDB_PROJECT": "alignlab", "WANDB_NAME": f"{group}/{run.path.name}", "WANDB_RUN_GROUP": group}
+    mode = {} if _wandb_login() else {"WANDB_MODE": "offline"}
+    before = dict(os.environ)
+    os.environ.update({**named, **mode, **before, **own})
+    if os.environ.get("WANDB_MODE") != "disabled":
+        run.note(wandb_id=wandb_id)
+    try:
+        yield
+    finally:
+        if (wandb := sys.modules.get("wandb")) and wandb.run is not None:
+            wandb.finish()
+            wandb.teardown()  # or the next run of this process would be written into the folder of this one
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _wandb_login() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

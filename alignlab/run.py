@@ -189,7 +189,7 @@ def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) ->
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
+    if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
     return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}" if prefix else key).items()}
 
@@ -235,8 +235,8 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint is as it was when the marker was written."""
     try:
         sealed = json.loads((checkpoint / MARKER).read_text())
-        return all(_seal(checkpoint / name) == tuple(seal) for name, seal in sealed.items())
-    except (OSError, ValueError):
+        return bool(sealed) and all(_seal(checkpoint / name) == tuple(seal) for name, seal in sealed.items())
+    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: a marker that is no JSON object
         return False
 
 

@@ -183,7 +183,8 @@ def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path 
     prompts = _held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
     trainer.samples = monitor.Samples(run, trainer.processing_class, prompts)
     began = time.time()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with monitor.wandb_run(run, recipe.name):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.asked:
         step = trainer.state.global_step
         run.note(status="stopped", stop_reason=f"interrupted at step {step}")

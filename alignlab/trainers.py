@@ -42,6 +42,9 @@ class _Seams:
         else:
             super()._load_best_model()
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """No card beside each checkpoint: it would call an unfinished model done."""
+
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Keeps each batch's size, so that a short last batch does not count as a full one in TRL's means."""
         result = super().prediction_step(model, inputs, *args, **kwargs)

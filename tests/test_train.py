@@ -1,75 +1,240 @@
-"""Whole runs: SFT and DPO by the command line, killed, resumed, interrupted, repeated; on real tiny models."""
+"""Whole runs in this process: which model is trained against which reference, in every way a recipe can ask for."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from alignlab.run import Run, read_lines
+from alignlab import model as models
+from alignlab.errors import ModelError
+from alignlab.recipe import load_recipe
+from alignlab.run import Run, step_of
+from alignlab.train import train_dpo, train_sft
+from alignlab.trainers import AlignDPOTrainer
 
 RECIPE = """
-about: a run of seconds, for tests
-extends: tiny
-data: {toy: {pairs: 240}}
-sft: {max_steps: 12, logging_steps: 2, eval_steps: 4}
-dpo: {max_steps: 12, logging_steps: 2, eval_steps: 4, loss_type: sigmoid}
-monitor: {kl: {prompts: 4, max_new_tokens: 16}}
+about: seconds on a CPU
+data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
+model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
+sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+dpo: {{max_steps: 6, learning_rate: 1.0e-3, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
 """
-TIMES = {"time", "eval/runtime", "eval/samples_per_second", "eval/steps_per_second"}
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with the recipe `quick` and its SFT run."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "quick.yaml").write_text(RECIPE)
-    assert alignlab(folder, "sft", "quick").returncode == 0
-    return folder
+@pytest.fixture
+def recipe(folders, tmp_path):
+    """A function: model name and overrides → a recipe of a few seconds."""
+
+    def load(name: str = "llama", *overrides: str):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(RECIPE.format(name=folders[name]))
+        return load_recipe(str(path), overrides)
+
+    return load
 
 
-def alignlab(folder: Path, *arguments: str, wait: bool = True, **environment: str):
-    command = [sys.executable, "-m", "alignlab", *arguments]
-    env = {**os.environ, "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder, "env": env}
-    return subprocess.run(command, **pipes) if wait else subprocess.Popen(command, **pipes)
+def last_evaluation(run: Run) -> dict[str, float]:
+    return [row for row in run.metrics() if "eval/loss" in row][-1]
 
 
-def kill_when(run: Run, process: subprocess.Popen, moment) -> None:
-    """Kills the process as soon as `moment()` holds."""
-    deadline = time.time() + 120
-    while not moment():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_qlora_trains_evaluates_and_resumes(name, recipe, tmp_path):
+    """SFT → DPO in 4-bit; DPO again from its first checkpoint ends with the same weights, bit for bit."""
+    quantized = recipe(name, "model.load_in_4bit=true")
+    run = train_dpo(quantized, root=tmp_path)
+    weights = (run.model / "adapter_model.safetensors").read_bytes()
+    metrics = last_evaluation(run)
+    assert metrics["eval/rewards/margins"] > 0
+    go_back_to_step(3, run)
+    again = train_dpo(quantized, root=tmp_path)
+    assert (again.model / "adapter_model.safetensors").read_bytes() == weights
+    assert last_evaluation(again)["eval/rewards/margins"] == metrics["eval/rewards/margins"]
 
 
-def weights(run: Run) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in run.model.glob("*.safetensors")}
+def go_back_to_step(step: int, run: Run) -> None:
+    """Puts a finished run where a kill would have left it."""
+    for checkpoint in run.checkpoints.iterdir():
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run.model)
+    run.note(status="running")
 
 
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+def test_reference_is_the_sft_adapter(recipe, tmp_path):
+    """Before the first step rewards are 0 and the loss ln 2; the perplexity is the one that SFT ended with."""
+    run = train_dpo(recipe(), root=tmp_path)
+    first = run.metrics()[0]
+    assert first["step"] == 0 and first["eval/rewards/margins"] == 0 and first["eval/kl"] == 0
+    assert first["eval/loss"] == pytest.approx(0.693147, abs=1e-6)
+    sft = Run(run.path.parent / "sft")
+    best = min(row["eval/perplexity"] for row in sft.metrics() if "eval/perplexity" in row)
+    assert first["eval/perplexity"] == pytest.approx(best, rel=1e-4)
+    assert "frozen copy of the adapter" in run.manifest["reference"]
+    assert run.manifest["parent"]["weights"] == models.weights_hash(sft.model)
 
 
-def test_killed_and_resumed_is_the_run_that_was_never_killed(workplace):
-    whole, killed = Run(workplace / "runs/quick/whole"), Run(workplace / "runs/quick/killed")
-    assert alignlab(workplace, "dpo", "quick", "--run", "whole").returncode == 0
-    process = alignlab(workplace, "dpo", "quick", "--run", "killed", wait=False)
-    kill_when(killed, process, lambda: any(row["step"] > 8 for row in read_lines(killed.metrics_file)))
-    assert killed.manifest["status"] == "running"
-    resumed = alignlab(workplace, "dpo", "quick", "--run", "killed")
-    assert resumed.returncode == 0 and "resuming from" in resumed.stderr
-    assert weights(killed) == weights(whole)
-    assert timeless(killed.metrics()) == timeless(whole.metrics())
-    assert killed.samples() == whole.samples()
-    assert killed.manifest["test"] == whole.manifest["test"]
+def test_another_sft_model_than_the_one_recorded_is_refused(recipe, tmp_path):
+    sft = train_sft(recipe(), root=tmp_path)
+    sft.note(probe=[nats * 1.1 for nats in sft.manifest["probe"]])
+    with pytest.raises(ModelError, match="is not the SFT model"):
+        train_dpo(recipe(), root=tmp_path)
+
+
+def test_reference_base_is_the_bare_base(recipe, tmp_path):
+    """Against the base the policy, which starts as the SFT model, has rewards from the start."""
+    run = train_dpo(recipe("llama", "model.reference=base"), root=tmp_path)
+    first = run.metrics()[0]
+    assert abs(first["eval/rewards/chosen"]) > 0.1 and first["eval/kl"] > 0
+    assert run.manifest["reference"].startswith("the base model")
+
+
+def test_model_start_takes_the_place_of_the_sft_run(recipe, tmp_path):
+    sft = train_sft(recipe(), root=tmp_path)
+    run = train_dpo(recipe("llama", f"model.start={sft.model}"), root=tmp_path)
+    assert run.metrics()[0]["eval/rewards/margins"] == 0
+    assert run.manifest["parent"] == {"start": str(sft.model)}
+
+
+def test_a_full_model_as_start_gets_a_fresh_adapter_and_is_the_reference(recipe, folders, tmp_path):
+    run = train_dpo(recipe("llama", f"model.start={folders['llama']}"), root=tmp_path)
+    assert run.metrics()[0]["eval/rewards/margins"] == 0
+    assert "switched off" in run.manifest["reference"]
+
+
+def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
+    full = recipe("gpt2", "model.lora=null", "sft.learning_rate=1e-3", "dpo.learning_rate=1e-4")
+    run = train_dpo(full, root=tmp_path)
+    first, last = run.metrics()[0], last_evaluation(run)
+    assert first["eval/rewards/margins"] == 0 and last["eval/rewards/margins"] > 0
+    assert "second, frozen copy" in run.manifest["reference"]
+    assert AutoModelForCausalLM.from_pretrained(run.model).dtype == torch.float32
+
+
+def test_the_adapter_stays_in_float32_under_bfloat16(recipe, tmp_path):
+    from safetensors.torch import load_file
+
+    run = train_dpo(recipe("llama", "model.dtype=bfloat16", "model.load_in_4bit=true"), root=tmp_path)
+    assert run.metrics()[0]["eval/rewards/margins"] == 0
+    assert {t.dtype for t in load_file(run.model / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_a_finished_run_is_not_trained_again(recipe, tmp_path):
+    run = train_sft(recipe(), root=tmp_path)
+    before = {f: f.stat().st_mtime_ns for f in run.path.rglob("*") if f.is_file()}
+    train_sft(recipe(), root=tmp_path)
+    assert {f: f.stat().st_mtime_ns for f in run.path.rglob("*") if f.is_file()} == before
+    train_sft(recipe(), root=tmp_path, force=True)
+    assert Path(f"{run.path}.old1").is_dir()
+
+
+def test_same_seed_same_metrics(recipe, tmp_path):
+    rows = [train_sft(recipe(), root=tmp_path / name).metrics() for name in ("one", "two")]
+    timed = {"time", "eval/runtime", "eval/samples_per_second", "eval/steps_per_second"}
+    one, two = ([{k: v for k, v in row.items() if k not in timed} for row in run] for run in rows)
+    assert one == two
+
+
+def test_one_batch_of_eight_is_eight_batches_of_one(recipe, tmp_path):
+    """The sigmoid loss is a mean over pairs, so that accumulating gradients changes nothing but rounding."""
+    train_sft(recipe(), root=tmp_path)
+    at_once = train_dpo(recipe("llama", "dpo.per_device_train_batch_size=8"), root=tmp_path)
+    one_by_one = recipe("llama", "dpo.per_device_train_batch_size=1", "dpo.gradient_accumulation_steps=8")
+    slowly = train_dpo(one_by_one, root=tmp_path, name="slowly")
+    for a, b in zip(at_once.metrics(), slowly.metrics(), strict=True):
+        assert a.get("train/loss", 0) == pytest.approx(b.get("train/loss", 0), abs=1e-4)
+        assert a.get("eval/rewards/margins", 0) == pytest.approx(b.get("eval/rewards/margins", 0), abs=1e-4)
+
+
+def test_held_out_means_do_not_depend_on_the_batch_size(recipe, tmp_path):
+    """60 pairs in batches of 7 leave a last batch of 4, which TRL would count as much as a full one."""
+    train_sft(recipe(), root=tmp_path)
+    values = []
+    for size in (60, 7):
+        changed = recipe("llama", f"dpo.per_device_eval_batch_size={size}")
+        values.append(last_evaluation(train_dpo(changed, root=tmp_path, name=f"by{size}")))
+    for key in (
+        "eval/rewards/margins",
+        "eval/rewards/accuracies",
+        "eval/logps/chosen",
+        "eval/entropy",
+        "eval/perplexity",
+    ):
+        assert values[0][key] == pytest.approx(values[1][key], rel=1e-4), key
+
+
+def test_the_test_figures_are_a_plain_loop_over_the_test_pairs(recipe, tmp_path):
+    """Margin, accuracy and loss from the DPO paper's equations, pair by pair, without padding, batches or TRL."""
+    from peft import PeftModel
+
+    from alignlab.train import prepare_data
+
+    quick = recipe()
+    run = train_dpo(quick, root=tmp_path)
+    _, pairs = prepare_data(quick)
+    load = lambda folder: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(quick.model.name), folder
+    ).eval()
+    policy, reference = load(run.model), load(run.path.parent / "sft" / "model")
+    margins = []
+    for pair in pairs.test:
+        reward = {}
+        for side in ("chosen", "rejected"):
+            ids = torch.tensor([pair["prompt_ids"] + pair[f"{side}_ids"]])
+            nats = [plain_logp(m, ids, len(pair["prompt_ids"])) for m in (policy, reference)]
+            reward[side] = 0.1 * (nats[0] - nats[1])
+        margins.append(reward["chosen"] - reward["rejected"])
+    margins = torch.tensor(margins)
+    test = run.manifest["test"]
+    assert test["rewards/margins"]["mean"] == pytest.approx(margins.mean().item(), abs=1e-5)
+    assert test["rewards/accuracies"]["mean"] == (margins > 0).double().mean().item()
+    assert test["loss"]["mean"] == pytest.approx(-torch.sigmoid(margins).log().mean().item(), abs=1e-5)
+
+
+@torch.no_grad()
+def plain_logp(model, ids, prompt: int) -> float:
+    logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return sum(logps[i - 1, ids[0, i]].item() for i in range(prompt, ids.shape[1]))
+
+
+def test_max_length_above_the_positions_is_refused(recipe, tmp_path):
+    with pytest.raises(ModelError, match="the model has 128 positions"):
+        train_sft(recipe("gpt2", "data.max_prompt_tokens=200"), root=tmp_path)
+
+
+def test_a_step_that_moves_nothing_is_refused(recipe, tmp_path):
+    """A learning rate below what float32 can add to a weight: training would go on for hours and change nothing."""
+    with pytest.raises(ModelError, match="moved no weight"):
+        train_dpo(recipe("llama", "dpo.learning_rate=1e-30"), root=tmp_path)
+
+
+def test_trl_neither_cuts_nor_drops_after_preparation(recipe, tmp_path, monkeypatch):
+    """Every prepared pair reaches the trainer with the ids it had."""
+    from alignlab.train import prepare_data
+
+    seen = []
+    original = AlignDPOTrainer.__init__
+    monkeypatch.setattr(
+        AlignDPOTrainer, "__init__", lambda self, *a, **k: (original(self, *a, **k), seen.append(self))[0]
+    )
+    quick = recipe()
+    train_dpo(quick, root=tmp_path)
+    _, pairs = prepare_data(quick)
+    assert seen[0].train_dataset.to_list() == pairs.train.to_list()
+    batch = seen[0].data_collator([pairs.train[0]])
+    assert batch["attention_mask"].sum() == sum(
+        len(pairs.train[0]["prompt_ids"]) + len(pairs.train[0][side]) for side in ("chosen_ids", "rejected_ids")
+    )
+
+
+def test_recipe_in_the_run_directory_repeats_the_run(recipe, tmp_path):
+    run = train_sft(recipe(), root=tmp_path)
+    again = load_recipe(str(run.recipe_file))
+    assert dataclasses.replace(again, name="x", path=Path(), sources={}) == dataclasses.replace(
+        recipe(), name="x", path=Path(), sources={}
+    )

@@ -1,0 +1,240 @@
+"""The callbacks and early checks: what is written, what is refused, and a KL that is zero where it must be."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from alignlab.errors import ModelError
+from alignlab.generate import reply_logits, sample_replies
+from alignlab.measures import kl_per_reply
+from alignlab.monitor import (
+    EvaluateAtEnd,
+    HeldOutPrompts,
+    MetricsFile,
+    Samples,
+    WeightsMove,
+    WholeCheckpoints,
+    check_reference,
+    check_start,
+)
+from alignlab.run import Run, is_whole
+
+TEXTS = ["\n\nHuman: Hello!\n\nAssistant:", "a", "\n\nHuman: How do I grow beans?\n\nAssistant:"]
+LN2 = math.log(2)
+
+
+@pytest.fixture
+def prompts(tokenizer) -> HeldOutPrompts:
+    return HeldOutPrompts("validation", TEXTS, tokenizer(TEXTS)["input_ids"], max_new_tokens=10, seed=5)
+
+
+@pytest.fixture
+def samples(prompts, tokenizer, tmp_path) -> Samples:
+    return Samples(Run(tmp_path), tokenizer, prompts)
+
+
+@pytest.fixture
+def args(tmp_path) -> TrainingArguments:
+    return TrainingArguments(str(tmp_path / "checkpoints"), use_cpu=True, report_to=[])
+
+
+def as_reference(model=None):
+    """A context in which the policy itself (None) or another model answers as the reference."""
+
+    @contextlib.contextmanager
+    def context():
+        yield model
+
+    return context
+
+
+# --- the first step ---
+
+
+def step(callback: WeightsMove, model, args, learning_rate: float) -> None:
+    """One step of a real optimizer, as Trainer tells its callbacks of it."""
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=learning_rate)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    callback.on_pre_optimizer_step(args, None, None, model=model, optimizer=optimizer)
+    optimizer.step()
+    callback.on_optimizer_step(args, None, None, model=model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_moves_weights_passes(dtype, load, args):
+    model, callback = load("llama").to(dtype), WeightsMove()
+    callback.on_train_begin(args, None, None, model=model)
+    step(callback, model, args, learning_rate=0.01)
+    step(callback, model, args, learning_rate=0.01)
+
+
+def test_a_step_that_moves_nothing_is_refused(load, args):
+    """A bfloat16 weight of 0.2 has its neighbours 0.001 away: a step of 1e-9 is rounded to none."""
+    model, callback = load("llama").to(torch.bfloat16), WeightsMove()
+    callback.on_train_begin(args, None, None, model=model)
+    with pytest.raises(ModelError) as error:
+        step(callback, model, args, learning_rate=1e-9)
+    assert str(error.value) == (
+        f"a step at learning rate 1e-09 moved no weight in {len(list(model.parameters()))} trainable tensors; "
+        f"raise the learning rate, or keep trainable weights in float32"
+    )
+
+
+def test_steps_at_learning_rate_zero_are_waited_out(load, args):
+    model, callback = load("llama").to(torch.bfloat16), WeightsMove()
+    callback.on_train_begin(args, None, None, model=model)
+    for _ in range(3):
+        step(callback, model, args, learning_rate=0.0)
+    with pytest.raises(ModelError, match="moved no weight"):
+        step(callback, model, args, learning_rate=1e-9)
+
+
+def test_under_float16_the_loss_scaler_may_skip_nine_steps(load, args):
+    args.fp16 = True
+    model, callback = load("llama").to(torch.bfloat16), WeightsMove()
+    callback.on_train_begin(args, None, None, model=model)
+    for _ in range(9):
+        step(callback, model, args, learning_rate=1e-9)
+    with pytest.raises(ModelError, match="moved no weight"):
+        step(callback, model, args, learning_rate=1e-9)
+
+
+def test_a_model_without_trainable_weights_is_refused(load, args):
+    model = load("gpt2").requires_grad_(False)
+    with pytest.raises(ModelError, match=r"no trainable parameters; check model\.lora's target_modules"):
+        WeightsMove().on_train_begin(args, None, None, model=model)
+
+
+@pytest.mark.parametrize(("loss", "rewards"), [(LN2, (0.0, 0.0)), (LN2 + 0.009, (0.009, -0.009))])
+def test_policy_and_reference_that_agree_may_start(loss, rewards):
+    check_start(loss, *rewards, plain_sigmoid=True)
+
+
+@pytest.mark.parametrize("rewards", [(0.02, 0.0), (0.0, -0.02), (math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
+def test_rewards_before_the_first_step_are_refused(rewards):
+    with pytest.raises(ModelError, match=r"before the first step the rewards are .*, not 0"):
+        check_start(LN2, *rewards, plain_sigmoid=True)
+
+
+@pytest.mark.parametrize("loss", [0.72, 0.0, math.nan])
+def test_a_sigmoid_loss_other_than_ln_2_is_refused(loss):
+    with pytest.raises(ModelError, match=r"not ln 2 = 0\.6931"):
+        check_start(loss, 0.0, 0.0, plain_sigmoid=True)
+    if not math.isnan(loss):
+        check_start(loss, 0.0, 0.0, plain_sigmoid=False)
+
+
+@pytest.mark.parametrize(("found", "exact"), [(-100.1, True), (-101.9, False), (-100.0, True)])
+def test_a_reference_with_the_sft_runs_log_probabilities_passes(found, exact):
+    """Allowed around −100 nats: 0.1 + 0.05 exactly, 2 + 0.05 in half precision."""
+    check_reference([-50.0, found], [-50.0, -100.0], exact)
+
+
+@pytest.mark.parametrize(("found", "exact"), [(-100.2, True), (-110.0, False), (-90.0, False), (math.nan, True)])
+def test_a_reference_with_other_log_probabilities_is_refused(found, exact):
+    with pytest.raises(ModelError, match=r"nats where the SFT run gave -100\.00: it is not the SFT model"):
+        check_reference([-50.0, found], [-50.0, -100.0], exact)
+
+
+# --- samples ---
+
+
+def test_kl_of_a_policy_that_is_the_reference_is_exactly_zero(samples, load):
+    model = load("llama")
+    metrics = samples.measure(model, 0, as_reference())
+    assert (metrics["eval_kl"], metrics["eval_kl_stderr"], metrics["eval_kl_per_token"]) == (0.0, 0.0, 0.0)
+    assert [row["kl"] for row in samples.run.samples()] == [0.0] * 3
+    assert all(row["reply"] == row["reference_reply"] for row in samples.run.samples())
+
+
+def test_kl_is_measured_on_replies_of_the_policy(samples, prompts, load, tokenizer):
+    policy, reference = load("llama"), load("mistral")
+    metrics = samples.measure(policy, 7, as_reference(reference))
+    replies = sample_replies(policy, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
+    kl = []
+    with torch.no_grad():
+        for prompt, reply in zip(prompts.ids, replies, strict=True):
+            ours, _, mask = reply_logits(policy, [prompt], [reply.ids], 0)
+            theirs, _, _ = reply_logits(reference, [prompt], [reply.ids], 0)
+            kl.append(kl_per_reply(ours, theirs, mask).item())
+    assert metrics["eval_kl"] == pytest.approx(statistics.mean(kl), rel=1e-4) and metrics["eval_kl"] > 1
+    assert metrics["eval_kl_stderr"] == pytest.approx(statistics.stdev(kl) / 3**0.5, rel=1e-3)
+    tokens = [len(reply.ids) for reply in replies]
+    assert metrics["eval_kl_per_token"] == pytest.approx(sum(kl) / sum(tokens), rel=1e-4)
+    assert metrics["eval_reply_tokens"] == pytest.approx(statistics.mean(tokens))
+    assert metrics["eval_eos_rate"] == pytest.approx(statistics.mean(reply.ended for reply in replies))
+
+
+def test_samples_are_written_with_both_replies_a_prompt(samples, prompts, load, tokenizer):
+    policy, reference = load("llama"), load("gpt2")
+    samples.measure(policy, 7, as_reference(reference))
+    rows = samples.run.samples()
+    ours, theirs = (
+        sample_replies(model, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
+        for model in (policy, reference)
+    )
+    assert [(row["step"], row["split"], row["prompt"]) for row in rows] == [(7, "validation", text) for text in TEXTS]
+    assert [row["reply"] for row in rows] == [reply.text for reply in ours]
+    assert [row["reference_reply"] for row in rows] == [reply.text for reply in theirs]
+    assert [(row["tokens"], row["ended"]) for row in rows] == [(len(reply.ids), reply.ended) for reply in ours]
+
+
+def test_samples_do_not_depend_on_what_was_drawn_before(samples, load):
+    model = load("llama").train()
+    first = samples.measure(model, 0, as_reference(load("mistral")))
+    torch.rand(11)
+    assert samples.measure(model, 1, as_reference(load("mistral"))) == first
+    assert model.training
+    before, after = samples.run.samples()[:3], samples.run.samples()[3:]
+    assert [row | {"step": 1} for row in before] == after
+
+
+def test_without_a_reference_there_is_no_kl(samples, load):
+    metrics = samples.measure(load("llama"), 0, None)
+    assert set(metrics) == {"eval_reply_tokens", "eval_eos_rate"}
+    assert set(samples.run.samples()[0]) == {"step", "split", "prompt", "reply", "tokens", "ended"}
+
+
+# --- what Trainer's events leave behind ---
+
+
+def test_metrics_stand_under_the_names_that_wandb_shows(args, tmp_path):
+    run, state = Run(tmp_path), TrainerState(global_step=4, is_world_process_zero=True)
+    callback = MetricsFile(run)
+    callback.on_log(args, state, TrainerControl(), logs={"loss": 0.5, "rewards/margins": 0.1})
+    callback.on_log(args, state, TrainerControl(), logs={"eval_loss": 0.6, "eval_kl": 2.0})
+    callback.on_log(args, state, TrainerControl(), logs={"train_runtime": 9.0})
+    found = [{name: value for name, value in row.items() if name != "time"} for row in run.metrics()]
+    assert found == [
+        {"step": 4, "train/loss": 0.5, "train/rewards/margins": 0.1},
+        {"step": 4, "eval/loss": 0.6, "eval/kl": 2.0},
+    ]
+
+
+def test_only_the_main_process_writes_metrics(args, tmp_path):
+    state = TrainerState(global_step=4, is_world_process_zero=False)
+    MetricsFile(Run(tmp_path)).on_log(args, state, TrainerControl(), logs={"loss": 0.5})
+    assert not Run(tmp_path).metrics_file.exists()
+
+
+def test_a_saved_checkpoint_is_marked_as_whole(args, tmp_path):
+    folder = tmp_path / "checkpoints" / "checkpoint-4"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    assert not is_whole(folder)
+    WholeCheckpoints().on_save(args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl())
+    assert is_whole(folder)
+
+
+@pytest.mark.parametrize(("global_step", "last"), [(9, False), (10, True)])
+def test_the_last_step_is_evaluated_and_saved(global_step, last, args):
+    control = TrainerControl()
+    EvaluateAtEnd().on_step_end(args, TrainerState(global_step=global_step, max_steps=10), control)
+    assert (control.should_log, control.should_evaluate, control.should_save) == (last, last, last)
