@@ -66,7 +66,7 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     computed with in `dtype`, since a step of 1e-6 on a bfloat16 weight changes nothing.
     """
     name = name or section.name
-    dtype = compute_dtype(section) if section.lora else torch.float32
+    dtype = compute_dtype(section) if section.lora is not None else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
     attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
     with _loading("model", name, section):
@@ -82,7 +82,9 @@ def load_config(section: ModelSection, name: str | None = None) -> PreTrainedCon
 
 
 def compute_dtype(section: ModelSection) -> torch.dtype:
-    """The recipe's dtype; raises MachineError where this GPU has no bfloat16."""
+    """The recipe's dtype; raises MachineError where this GPU has no bfloat16, or float16 has no GPU."""
+    if section.dtype == "float16" and not torch.cuda.is_available():
+        raise MachineError("float16 is trained on a GPU only, and there is none here; set model.dtype=bfloat16")
     if section.dtype == "bfloat16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         raise MachineError(f"{torch.cuda.get_device_name()} has no bfloat16; set model.dtype=float16")
     return getattr(torch, section.dtype)
@@ -129,7 +131,7 @@ def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> No
     if positions and max_length > positions:
         raise ModelError(
             f"{stage}.max_length is {max_length}, but the model has {positions} positions; "
-            f"set data.max_prompt_tokens and data.max_reply_tokens to at most {positions} together"
+            f"set data.max_prompt_tokens and data.max_reply_tokens (and {stage}.max_length) to at most {positions} together"
         )
 
 
@@ -142,7 +144,7 @@ def find_start(section: ModelSection, sft_model: Path | None) -> Start:
     else:
         name, what = section.start, "model.start"
         is_adapter = _is_adapter(section)
-    if is_adapter and not section.lora:
+    if is_adapter and section.lora is None:
         raise ModelError(f"{name} is an adapter, but the recipe trains all weights; set model.lora, or merge it first")
     weights, adapter = (section.name, name) if is_adapter else (name, None)
     if adapter:
@@ -160,7 +162,7 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     if start.adapter:
         with _loading("adapter", start.adapter, section):
             return PeftModel.from_pretrained(policy, start.adapter, is_trainable=True), None
-    if section.lora:
+    if section.lora is not None:
         return add_adapter(policy, section), None
     return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
 
@@ -215,7 +217,7 @@ def identify(section: ModelSection, name: str | None = None) -> dict[str, Any]:
 
 def _reference_sentence(section: ModelSection, adapter: str | None, name: str, what: str) -> str:
     if section.reference == "base":
-        if section.start and not adapter and section.lora:
+        if section.start and not adapter and section.lora is not None:
             raise ModelError(
                 f"model.reference: base needs {section.name} in memory beside {name}; "
                 f"point model.start at an adapter, or leave model.reference out"
@@ -223,7 +225,9 @@ def _reference_sentence(section: ModelSection, adapter: str | None, name: str, w
         return f"the base model {section.name}, without {what}"
     if adapter:
         return f"a frozen copy of the adapter of {what} ({name})"
-    return f"{what} ({name}), " + ("with the new adapter switched off" if section.lora else "as a second, frozen copy")
+    return f"{what} ({name}), " + (
+        "with the new adapter switched off" if section.lora is not None else "as a second, frozen copy"
+    )
 
 
 def _is_adapter(section: ModelSection) -> bool:

@@ -7,9 +7,8 @@ import logging
 import math
 import netrc
 import os
-import random
+import secrets
 import signal
-import string
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -277,7 +276,7 @@ def wandb_run(run: Run, group: str) -> Iterator[None]:
     `WANDB_MODE`, `WANDB_PROJECT` and the other variables of wandb's own win. A resumed run goes on in its wandb run,
     whose id is in the manifest; the runs of a recipe share a group.
     """
-    wandb_id = run.manifest.get("wandb_id") or "".join(random.choices(string.ascii_lowercase + string.digits, k=8))
+    wandb_id = run.manifest.get("wandb_id") or secrets.token_hex(4)  # `random` is seeded by now
     own = {"WANDB_RUN_ID": wandb_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.path)}
     named = {"WANDB_PROJECT": "alignlab", "WANDB_NAME": f"{group}/{run.path.name}", "WANDB_RUN_GROUP": group}
     mode = {} if _wandb_login() else {"WANDB_MODE": "offline"}

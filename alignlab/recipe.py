@@ -107,7 +107,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise RecipeError("\n".join(dict.fromkeys(faults)))
     before, _ = _check(in_file, [])
     return Recipe(
-        name=path.stem,
+        name=_name(path),
         path=path,
         about=values.get(("about",), ""),
         data=_build(DataSection, ("data",), values),
@@ -122,6 +122,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             if sources[key].startswith("command line") and before.get(key, _own_default(key)) != value
         ),
     )
+
+
+def _name(path: Path) -> str:
+    """The file's name; of a run's own `recipe.yaml` that of the recipe it was made from (runs/NAME/dpo/recipe.yaml)."""
+    return path.absolute().parts[-3] if (path.parent / "manifest.json").is_file() else path.stem
 
 
 def _build(section: type, prefix: Key, values: Mapping[Key, Any]) -> Any:

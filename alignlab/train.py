@@ -49,11 +49,9 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         models.check_positions(models.load_config(section), args.max_length, "sft")
         set_seed(args.seed)
         weights = models.load_weights(section)
-        policy = models.add_adapter(weights, section) if section.lora else weights
-        trainer = AlignSFTTrainer(
-            policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer
-        )
-        if section.lora:
+        policy = models.add_adapter(weights, section) if section.lora is not None else weights
+        trainer = AlignSFTTrainer(policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
+        if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
         run.note(base=models.identify(section))
         _train(trainer, recipe, run, pairs, checkpoint)
@@ -66,12 +64,14 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
     sft = None if recipe.model.start else _sft_run(recipe, root)
+    section = _with_weights(recipe).model
+    start = models.find_start(section, sft.model if sft else None)
+    parent = _parent(sft, start)
     with _opened(recipe, "dpo", root, name, force) as run:
+        _refuse_other_parent(run, parent)
         if run.is_finished:
             return run
-        section = _with_weights(recipe).model
         tokenizer, pairs = _prepared(recipe, run)
-        start = models.find_start(section, sft.model if sft else None)
         checkpoint = _resume_point(run)
         args = dpo_config(recipe, _here(run, len(pairs.train), checkpoint))
         models.check_positions(models.load_config(section), args.max_length, "dpo")
@@ -85,9 +85,9 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
             eval_dataset=pairs.validation,
             processing_class=tokenizer,
         )
-        if section.lora:
+        if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section), parent=_parent(sft, start), reference=start.reference)
+        run.note(base=models.identify(section), parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
         _check_start(trainer, recipe, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
@@ -215,6 +215,15 @@ def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     if sft is None:
         return {"start": start.adapter or start.weights}
     return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
+
+
+def _refuse_other_parent(run: Run, parent: dict[str, Any]) -> None:
+    before = run.manifest.get("parent", parent)
+    if before != parent:
+        raise RunError(
+            f"{run.path} was trained from {before}, and would start from {parent}; "
+            f"name a new run with --run, or train it again with --force"
+        )
 
 
 def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:

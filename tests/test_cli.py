@@ -1,4 +1,4 @@
-"""What a user sees when something is wrong: one line on stderr that says what to do, exit code 2, nothing half-written."""
+"""What a user sees when something is wrong: one line that says what to do, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 

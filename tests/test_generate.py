@@ -70,6 +70,17 @@ def test_a_reply_ends_at_its_eos_at_the_next_human_turn_or_at_the_limit(pad, par
     assert tokenizer.decode(limit.ids) == limit.text
 
 
+def test_nothing_is_computed_after_the_end_of_a_reply(parrot, tokenizer):
+    """One forward a token, the last of the reply included."""
+    for prompt in list(BY_HEART)[:2]:
+        forwards = []
+        counter = parrot.register_forward_hook(lambda *_, count=forwards: count.append(1))
+        ids = tokenizer([prompt])["input_ids"]
+        (reply,) = sample_replies(parrot, tokenizer, ids, max_new_tokens=60, seed=0, greedy=True)
+        counter.remove()
+        assert len(forwards) == len(reply.ids) < 60
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_seed_fixes_the_replies_whatever_was_drawn_before(name, load, tokenizer, prompts):
     model = load(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import statistics
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from alignlab.errors import ModelError
 from alignlab.generate import reply_logits, sample_replies
@@ -22,6 +23,7 @@ from alignlab.monitor import (
     WholeCheckpoints,
     check_reference,
     check_start,
+    wandb_run,
 )
 from alignlab.run import Run, is_whole
 
@@ -200,6 +202,21 @@ def test_without_a_reference_there_is_no_kl(samples, load):
     metrics = samples.measure(load("llama"), 0, None)
     assert set(metrics) == {"eval_reply_tokens", "eval_eos_rate"}
     assert set(samples.run.samples()[0]) == {"step", "split", "prompt", "reply", "tokens", "ended"}
+
+
+# --- wandb ---
+
+
+def test_runs_of_one_seed_have_wandb_ids_of_their_own_and_a_resumed_run_keeps_its(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen = []
+    for name in ("one", "other", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        set_seed(42)
+        with wandb_run(Run(tmp_path / name), "quick"):
+            seen.append(os.environ["WANDB_RUN_ID"])
+    assert seen[0] == seen[2] != seen[1]
+    assert "WANDB_RUN_ID" not in os.environ and os.environ["WANDB_MODE"] == "offline"
 
 
 # --- what Trainer's events leave behind ---

@@ -79,6 +79,5 @@ def fresh_model(shared: Path, folder: Path) -> Path:
 def show(name: str, test: dict) -> None:
     figures = {key: test[key] for key in ("rewards/accuracies", "rewards/margins", "win_rate") if key in test}
     shown = ", ".join(f"{key} {e['mean']:.3f} ± {e['stderr']:.3f} (n={e['n']})" for key, e in figures.items())
-    print(
-        f"\n{name}: {shown}, KL {test['kl']:.2f}, perplexity {test['perplexity'] / test['reference_perplexity'] - 1:+.1%}"
-    )
+    change = test["perplexity"] / test["reference_perplexity"] - 1
+    print(f"\n{name}: {shown}, KL {test['kl']:.2f}, perplexity {change:+.1%}")
