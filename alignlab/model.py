@@ -131,7 +131,7 @@ def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> No
     if positions and max_length > positions:
         raise ModelError(
             f"{stage}.max_length is {max_length}, but the model has {positions} positions; "
-            f"set data.max_prompt_tokens and data.max_reply_tokens (and {stage}.max_length) to at most {positions} together"
+            f"lower data.max_prompt_tokens and data.max_reply_tokens, and {stage}.max_length where it is written"
         )
 
 

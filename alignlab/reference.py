@@ -1,27 +1,20 @@
-"""The store of reference log-probabilities: what a reference makes of a pair is computed once, ever.
+"""Reference log-probabilities from the store: what a reference makes of a pair is computed once, ever.
 
-Each reference has one file under `$ALIGNLAB_CACHE/reference/`, named after everything that decides its numbers
-(`identify_reference`); in it each pair has one record, found by a hash of the token ids that are scored. So another
-beta, learning rate, output folder, LoRA rank of the policy, order, split or part of the data finds what is there, and
-only new pairs are computed. Pairs are computed one at a time: in a batch, the padding that other pairs bring would
-change the last digits, and the numbers would depend on which run came first.
-
-The first line of a file is JSON that says what it holds; records of 28 bytes follow, sorted by key.
+Each reference has one file in the store, named after everything that decides its numbers (`identify_reference`); in it
+each pair is found by a hash of the token ids that are scored. So another beta, learning rate, output folder, LoRA rank
+of the policy, order, split or part of the data finds what is there, and only new pairs are computed. Pairs are computed
+one at a time: in a batch, the padding that other pairs bring would change the last digits, and the numbers would depend
+on which run came first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
-import logging
 import math
-import os
 import sys
-import tempfile
 import time
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,51 +22,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from filelock import FileLock
 from tqdm import tqdm
 from trl import DPOConfig
 
 from alignlab import model as models
-from alignlab.errors import MachineError, ModelError
-from alignlab.fields import cache_folder
+from alignlab.errors import ModelError
 from alignlab.recipe import ModelSection
+from alignlab.store import IDS, RECORD, ReferenceIdentity, Shelf, digest, pair_keys, read_records, records_of
 
-log = logging.getLogger(__name__)
 Pair = Mapping[str, Sequence[int]]  # prompt_ids, chosen_ids, rejected_ids
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-COLUMNS = {"ref_chosen_logps": "chosen", "ref_rejected_logps": "rejected"}  # TRL's name -> ours
-RECORD = np.dtype([("key", "S16"), ("chosen", "<f4"), ("rejected", "<f4"), ("seconds", "<f4")])
-NOTHING = np.empty(0, RECORD)
-SUFFIX = ".logps"
-FORMAT = 1  # of the files and the keys; another number leaves older files unread
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them
+FORMAT = 1  # of keys and numbers; another number leaves older files unread
 PAIRS_A_TURN = 16  # to a process, before the processes tell each other what they have
-SECONDS_BETWEEN_SAVES = 60
 WHERE_IT_LAY = ("_name_or_path", "base_model_name_or_path", "revision")  # in a config: says nothing of the weights
 WHO_WROTE_IT = ("transformers_version", "peft_version", "dtype", "torch_dtype", "inference_mode")
 
 
 # Which reference --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ReferenceIdentity:
-    """Everything that decides what a reference makes of a pair, but for the pair."""
-
-    sentence: str  # for people
-    facts: Mapping[str, Any]  # for the store; plain JSON
-
-    @cached_property
-    def file(self) -> Path:
-        return store_folder() / f"{_digest(self.facts)}{SUFFIX}"
-
-
-def store_folder() -> Path:
-    return cache_folder() / "reference"
 
 
 def identify_reference(
@@ -135,11 +104,7 @@ def _config(folder: Path) -> str:
     files = [file for name in ("config.json", models.ADAPTER_FILE) if (file := folder / name).is_file()]
     settings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     acting = [{k: v for k, v in one.items() if k not in WHERE_IT_LAY + WHO_WROTE_IT} for one in settings]
-    return _digest([acting, [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py"))]])
-
-
-def _digest(value: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest([acting, [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py"))]])
 
 
 # What is there, and the rest --------------------------------------------------
@@ -159,9 +124,19 @@ class Found:
     def pairs(self) -> int:
         return sum(len(keys) for keys in self.keys.values())
 
+    @cached_property
+    def ids(self) -> Mapping[str, Dataset]:
+        return {split: pairs.select_columns([*IDS]) for split, pairs in self.splits.items()}
+
     @property
     def hits(self) -> int:
-        return sum(int(_is_in(self.records, keys).sum()) for keys in self.keys.values())
+        return len(self.known_keys)
+
+    @cached_property
+    def known_keys(self) -> np.ndarray:
+        """Of the pairs that need no computing; a pair that stands there twice counts twice."""
+        keys = np.concatenate([*self.keys.values()])
+        return keys[np.isin(keys, self.records["key"])]
 
 
 @dataclass(frozen=True)
@@ -192,11 +167,15 @@ def look_up(
     A file that is damaged, or is about something else than its name says, counts as empty, and one line says so.
     `max_length` and `truncation_mode` are TRL's, and matter to pairs that are cut by them.
     """
-    keyed = {split: _keys(pairs, max_length, truncation_mode) for split, pairs in splits.items()}
+    keyed = {split: pair_keys(pairs, max_length, truncation_mode) for split, pairs in splits.items()}
     wanted = np.concatenate([keys for keys, _ in keyed.values()])
-    records = _from_main(lambda: _known(identity, wanted))
+    records = _from_main(lambda: read_records(identity, wanted))
     longest = sorted(
-        ((-length, key, (split, row)) for split, of in keyed.items() for row, (key, length) in enumerate(zip(*of))),
+        (
+            (-length, key, (split, row))
+            for split, of in keyed.items()
+            for row, (key, length) in enumerate(zip(*of, strict=True))
+        ),
         key=lambda item: item[:2],
     )
     known, missing = set(records["key"]), {}
@@ -215,8 +194,8 @@ def worth_storing(found: Found, online_pairs: int) -> bool:
     return len(found.missing) <= online_pairs
 
 
-def online_pairs(args: DPOConfig, train: int, validation: int, world_size: int = 1) -> int:
-    """How many pairs the reference would score in a run over so many training and validation pairs, without the store."""
+def pairs_scored_online(args: DPOConfig, train: int, validation: int, world_size: int = 1) -> int:
+    """How many pairs the reference would score in a run over these many pairs, without the store."""
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     trained = args.max_steps * a_step if args.max_steps > 0 else math.ceil(args.num_train_epochs * train)
     steps = trained / a_step
@@ -236,10 +215,11 @@ def complete(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> tu
     began = time.perf_counter()
     records = _filled(found, compute) if found.missing else found.records
     spent = time.perf_counter() - began
-    filled = {
-        split: with_reference_columns(pairs, *_of(records, found.keys[split])) for split, pairs in found.splits.items()
-    }
-    saved = sum(_at(found.records, keys[_is_in(found.records, keys)])["seconds"].sum() for keys in found.keys.values())
+    filled = {}
+    for split, pairs in found.splits.items():
+        of = records_of(records, found.keys[split])
+        filled[split] = with_reference_columns(pairs, of["chosen"], of["rejected"])
+    saved = records_of(found.records, found.known_keys)["seconds"].sum()
     return filled, Receipt(found.pairs, found.hits, spent, float(saved) / PartialState().num_processes)
 
 
@@ -251,15 +231,10 @@ def with_reference_columns(pairs: Dataset, chosen_N: np.ndarray, rejected_N: np.
     return pairs
 
 
-def _of(records: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    found = _at(records, keys)
-    return found["chosen"], found["rejected"]
-
-
 def _filled(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> np.ndarray:
     """Every record of these pairs, the missing ones computed now."""
     state = PartialState()
-    shelf = _Shelf(found.identity, found.records)
+    shelf = Shelf(found.identity, found.records, writes=state.is_main_process)
     a_turn = PAIRS_A_TURN * state.num_processes
     quiet = not (state.is_main_process and sys.stderr.isatty())
     try:
@@ -271,7 +246,7 @@ def _filled(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> np.
     finally:
         shelf.save()
     wanted = np.concatenate([*found.keys.values()])
-    return _from_main(lambda: _at(shelf.records, np.unique(wanted)))
+    return _from_main(lambda: records_of(shelf.records, np.unique(wanted)))
 
 
 def _share(found: Found, turn: Sequence[tuple[str, int]], compute: Callable) -> np.ndarray:
@@ -283,7 +258,7 @@ def _share(found: Found, turn: Sequence[tuple[str, int]], compute: Callable) -> 
 
 
 def _computed(found: Found, split: str, row: int, compute: Callable) -> tuple[bytes, float, float, float]:
-    pair = {name: found.splits[split][row][name] for name in IDS}
+    pair = found.ids[split][row]
     began = time.perf_counter()
     chosen, rejected = compute(pair)
     seconds = time.perf_counter() - began
@@ -303,176 +278,3 @@ def _from_main(make: Callable[[], Any]) -> Any:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
-
-
-# Keys and records -------------------------------------------------------------
-
-
-def _keys(pairs: Dataset, max_length: int | None, truncation_mode: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each pair: a hash of the ids that are scored, and how many tokens its two sequences have."""
-    keys, lengths = [], []
-    for prompt, chosen, rejected in _ids(pairs):
-        longest = len(prompt) + max(len(chosen), len(rejected))
-        cut = (max_length, truncation_mode) if max_length is not None and longest > max_length else ()
-        sizes = array("q", [len(prompt), len(chosen), len(rejected)]).tobytes()
-        ids = b"".join(one.tobytes() for one in (prompt, chosen, rejected))
-        keys.append(xxhash.xxh3_128_digest(sizes + ids + repr(cut).encode()))
-        lengths.append(2 * len(prompt) + len(chosen) + len(rejected))
-    return np.array(keys, RECORD["key"]), np.array(lengths, np.int64)
-
-
-def _ids(pairs: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
-    """Prompt, chosen and rejected ids of each pair, int32, read from Arrow without a Python object a token."""
-    for table in pairs.select_columns([*IDS]).with_format("arrow").iter(1000):
-        columns = [table.column(name).combine_chunks() for name in IDS]
-        offsets = [column.offsets.to_numpy() for column in columns]
-        values = [column.values.to_numpy(zero_copy_only=False).astype("<i4") for column in columns]
-        for row in range(table.num_rows):
-            yield tuple(ids[at[row] : at[row + 1]] for ids, at in zip(values, offsets, strict=True))
-
-
-def _is_in(records: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    return np.isin(keys, records["key"])
-
-
-def _at(records: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The records of keys that are all there."""
-    found = records[np.searchsorted(records["key"], keys)]
-    assert (found["key"] == keys).all(), "every pair has a record by now"
-    return found
-
-
-def _merged(older: np.ndarray, newer: np.ndarray) -> np.ndarray:
-    """Both, sorted by key; where both know a pair, the older record stays."""
-    both = np.concatenate([older, newer])
-    return both[np.unique(both["key"], return_index=True)[1]]
-
-
-# Files ------------------------------------------------------------------------
-
-
-class _Shelf:
-    """The records of one reference while they are added to; each is lent to other runs within a minute."""
-
-    def __init__(self, identity: ReferenceIdentity, records: np.ndarray):
-        self.identity, self.records, self.fresh = identity, records, NOTHING
-        self.writes = PartialState().is_main_process
-        self.saved = time.monotonic()
-
-    def add(self, records: np.ndarray) -> None:
-        self.records, self.fresh = _merged(self.records, records), _merged(self.fresh, records)
-        if time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES:
-            self.save()
-
-    def save(self) -> None:
-        self.saved = time.monotonic()
-        if not self.writes or not len(self.fresh):
-            return
-        try:
-            self.records = _merged(_store(self.identity, self.fresh), self.records)
-            self.fresh = NOTHING
-        except OSError as e:  # a lock that is not given back is one too
-            self.writes = False
-            log.warning("reference: cannot store in %s (%s); going on without", store_folder(), e.strerror or e)
-
-
-def _store(identity: ReferenceIdentity, fresh: np.ndarray) -> np.ndarray:
-    """Adds records to a reference's file, whole or not at all, and returns all that it holds."""
-    identity.file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(identity.file.with_suffix(".lock"), timeout=SECONDS_BETWEEN_SAVES):
-        records = _merged(_read(identity)[0], fresh)
-        body = records.tobytes()
-        head = {
-            "reference": identity.sentence,
-            "pairs": len(records),
-            "checksum": xxhash.xxh3_128_hexdigest(body),
-            "facts": identity.facts,
-        }
-        _replace(identity.file, json.dumps(head).encode() + b"\n" + body)
-    return records
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # a cache may be shared
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
-def _known(identity: ReferenceIdentity, wanted: np.ndarray) -> np.ndarray:
-    records, complaint = _read(identity)
-    if complaint:
-        log.warning("reference: %s %s; computing its pairs again", identity.file, complaint)
-    records = records[_is_in(wanted, records["key"])]
-    if len(records):
-        with contextlib.suppress(OSError):  # a shared store may be ours to read only
-            os.utime(identity.file)
-    return records
-
-
-def _read(identity: ReferenceIdentity) -> tuple[np.ndarray, str | None]:
-    """The records of a reference; none, and what is wrong, where its file cannot be relied on."""
-    try:
-        head, _, body = identity.file.read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        return NOTHING, None
-    except OSError as e:
-        return NOTHING, f"cannot be read ({e.strerror})"
-    says = _parsed(head)
-    if says.get("checksum") != xxhash.xxh3_128_hexdigest(body):
-        return NOTHING, "is damaged (its checksum does not match)"
-    if says.get("facts") != identity.facts:
-        return NOTHING, "is about another reference"
-    return np.frombuffer(body, RECORD), None
-
-
-def _parsed(head: bytes) -> dict[str, Any]:
-    try:
-        says = json.loads(head)
-    except ValueError:
-        return {}
-    return says if isinstance(says, dict) else {}
-
-
-@dataclass(frozen=True)
-class StoredReference:
-    """One file of the store."""
-
-    path: Path
-    reference: str
-    pairs: int
-    bytes: int
-    last_used: float  # seconds since 1970
-
-
-def list_store() -> list[StoredReference]:
-    """What the store holds, the last used first."""
-    rows = []
-    for path in store_folder().glob(f"*{SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            says, facts = _parsed(file.readline()), path.stat()
-            name = says.get("reference", "damaged; it will be computed again")
-            rows.append(StoredReference(path, name, says.get("pairs", 0), facts.st_size, facts.st_mtime))
-    return sorted(rows, key=lambda row: -row.last_used)
-
-
-def clear_store() -> int:
-    """Empties the store and returns how many bytes that freed; a run that is filling it stores its pairs anew."""
-    files = [path for path in store_folder().glob("*") if path.is_file()] if store_folder().is_dir() else []
-    freed = 0
-    for path in files:
-        try:
-            freed += path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            pass
-        except OSError as e:
-            raise MachineError(f"{path} cannot be removed ({e.strerror}); remove it as the user who owns it") from None
-    return freed
