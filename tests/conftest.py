@@ -15,6 +15,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before anything is imported: some libraries read their environment only once."""
+    if hasattr(config, "workerinput"):  # one of several processes: they share the first one's cache
+        return
     cache = tempfile.mkdtemp(prefix="alignlab-test-cache-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     os.environ |= {"ALIGNLAB_CACHE": cache, "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -152,9 +152,9 @@ def test_bfloat16_differs_from_batches_by_no_more_than_from_float32(build, pairs
     company, rounding, online_rounding = (np.abs(x).mean() for x in (stored - online, stored - exact, online - exact))
     nats = np.abs(exact).mean()
     with capsys.disabled():
-        print(f"\nbfloat16, of {nats:.0f} nats a reply: stored from online {company:.2f}, ", end="")
+        print(f"\nbfloat16, of {nats:.0f} nats a reply: stored from online {company:.2g}, ", end="")
         print(f"stored from float32 {rounding:.2f}, online from float32 {online_rounding:.2f}")
-    assert company < 1.5 * online_rounding and rounding < 1.2 * online_rounding < 0.01 * nats
+    assert company < online_rounding and rounding < 1.2 * online_rounding < 0.01 * nats
 
 
 def test_numbers_are_the_same_whichever_run_filled_the_store(build, pairs, folder):
@@ -190,7 +190,7 @@ def test_training_with_the_columns_gives_the_same_losses(build, pairs):
     trainer.train()
     losses = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (without, trainer)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    assert losses[0][0] == pytest.approx(0.693147, abs=1e-5) and losses[0][-1] < 0.69
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-5) and min(losses[0]) < 0.67
 
 
 def test_a_reference_that_answers_nan_is_not_stored(pairs, folder):
@@ -264,6 +264,21 @@ def test_another_reference_is_another(section, adapters, folders, tmp_path):
         identify_reference(section(), one, prefix_sharing=True),
     ]
     assert len({identity.file for identity in identities}) == len(identities)
+
+
+def test_an_adapter_from_the_hub_is_known_by_its_content(section, adapters, tmp_path, monkeypatch):
+    """Its files lie in the hub's cache once it has been loaded."""
+    from huggingface_hub import constants
+
+    cached = tmp_path / "hub" / "models--someone--adapter"
+    shutil.copytree(adapters[0], cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    of_hub = models.Start(section().name, "someone/adapter", "from the hub")
+    local = dataclasses.replace(of_hub, adapter=str(adapters[0]))
+    assert identify_reference(section(), of_hub).file == identify_reference(section(), local).file
 
 
 def test_other_weights_in_the_same_place_are_another_reference(section, adapters, tmp_path):
@@ -426,6 +441,17 @@ def test_runs_that_fill_the_store_at_once_lose_nothing(pairs, monkeypatch):
     filled, receipt = fill(pairs, compute=nobody)
     assert receipt.hits == 40
     assert numbers(filled).T.tolist() == [list(np.float32(by_hash(pair))) for pair in pairs]
+
+
+def test_numbers_that_another_run_stored_meanwhile_are_taken(pairs):
+    def overtaken(pair):
+        if not ANY.file.exists():
+            fill(pairs.select(range(20)), compute=lambda pair: (-7.0, -8.0))
+        return by_hash(pair)
+
+    filled = numbers(fill(pairs, compute=overtaken)[0])
+    assert (filled[:, :20].T == [-7, -8]).all() and (filled[:, 20:] < -8).all()
+    assert (numbers(fill(pairs, compute=nobody)[0]) == filled).all()
 
 
 def test_ranks_share_the_work_and_rank_0_writes(pairs, tmp_path, monkeypatch):
