@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from alignlab import __version__
@@ -77,6 +78,17 @@ def _data(args: argparse.Namespace) -> None:
     print(json.dumps(description, ensure_ascii=False) if args.json else render(description))
 
 
+def _cache(args: argparse.Namespace) -> None:
+    from alignlab.store import clear_store, list_store
+
+    if args.clear:
+        print(f"{clear_store() / 2**20:.1f} MiB freed")
+        return
+    for entry in list_store():
+        used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
+        print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {entry.reference}")
+
+
 def _train(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab import train
@@ -113,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--json", action="store_true", help="print one JSON object")
     data.add_argument("--out", metavar="FILE", help="write the prepared rows: split, prompt, chosen, rejected")
+    cache = _command(commands, "cache", _cache, "stored reference log-probabilities", ["", "--clear"], recipe=False)
+    cache.add_argument("--clear", action="store_true", help="remove them all")
     for stage, about in (("sft", "supervised fine-tuning"), ("dpo", "DPO from the SFT run, trained first if missing")):
         examples = ["tiny", f"mistral {stage}.learning_rate=1e-5", f"gpt2 data.path=my.jsonl --run {stage}-mine"]
         command = _command(commands, stage, _train, about, examples)

@@ -59,6 +59,7 @@ class ModelSection:
     reference: Literal["sft", "base"] = "sft"
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
     attn_implementation: str | None = None  # chosen by what the machine has
+    prefix_sharing: bool | Literal["auto"] = "auto"  # each pair's prompt computed once; auto: where known to win
     trust_remote_code: bool = False
 
 
@@ -286,11 +287,11 @@ def _default(key: Key, has_lora: bool) -> Any:
 def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's result depends on: data, model and the stage's own section, without its logging.
 
-    SFT leaves out `model.start` and `model.reference`, which only DPO reads.
+    SFT leaves out the keys of `model` that only DPO reads.
     """
     model = asdict(recipe.model)
     if stage == "sft":
-        del model["start"], model["reference"]
+        del model["start"], model["reference"], model["prefix_sharing"]
     logging = ("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node")
     own = {k: v for k, v in getattr(recipe, stage).items() if not k.startswith("logging_") and k not in logging}
     return {"data": asdict(recipe.data), "model": model, stage: own}

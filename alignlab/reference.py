@@ -73,7 +73,7 @@ def identify_reference(
         "weights": weights.get("weights") or weights,
         "config": _config(Path(name)) if Path(name).is_dir() else None,  # a hub commit covers its own
         "adapter": [models.weights_hash(adapter), _config(adapter)] if adapter else None,
-        "dtype": [section.dtype, section.dtype if section.lora else "float32"],  # computed in, kept in
+        "dtype": [section.dtype, section.dtype if section.lora is not None else "float32"],  # computed in, kept in
         "quantization": models.quantization(section).to_dict() if section.load_in_4bit else None,
         "ld_alpha": ld_alpha,
         "attention": section.attn_implementation or models.best_attention(dtype),

@@ -27,7 +27,8 @@ from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, sft_rows
 from alignlab.errors import RunError
 from alignlab.measures import Estimate, estimate
-from alignlab.recipe import Recipe, consumed, run_name, write_yaml
+from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
+from alignlab.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.run import Run
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
@@ -87,8 +88,11 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         )
         if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section), parent=parent, reference=start.reference)
+        base = models.identify(section)
+        run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
+        shared = trainer.share_prefixes(section.prefix_sharing)
+        pairs = _with_stored_reference(trainer, section, start, pairs, run, known=base, prefix_sharing=shared)
         _check_start(trainer, recipe, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
         _finish(trainer, run, test=_test(trainer, recipe, pairs, run))
@@ -215,6 +219,29 @@ def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     if sft is None:
         return {"start": start.adapter or start.weights}
     return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
+
+
+def _with_stored_reference(
+    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, run: Run, **facts: Any
+) -> Prepared:
+    """The pairs with the reference's log-probabilities from the store, where that costs less than asking it again."""
+    args = trainer.args
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # the reference is in place only once training begins
+        return pairs
+    identity = identify_reference(section, start, ld_alpha=args.ld_alpha, **facts)
+    splits = {"train": pairs.train, "validation": pairs.validation}
+    found = look_up(identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
+    online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), PartialState().num_processes)
+    stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
+    if not stored:
+        log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
+    filled, receipt = complete(found, trainer.score_reference) if stored else ({}, None)
+    if PartialState().is_main_process:
+        run.note(stored_reference=stored)
+    if filled:
+        log.info("%s", receipt)
+        trainer.use_stored_reference(filled["train"], filled["validation"])
+    return dataclasses.replace(pairs, **filled)
 
 
 def _refuse_other_parent(run: Run, parent: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from trl.trainer.utils import use_adapter
 
 from alignlab.model import load_adapters
 from alignlab.monitor import Samples
+from alignlab.packing import decide, share_prefixes
+
+log = logging.getLogger(__name__)
 
 PAIR_METRICS = ("rewards/", "logps/")  # TRL's metrics that are means over pairs; the others are means over tokens
 CHOSEN_METRICS = ("logits/chosen", "mean_token_accuracy")
@@ -126,6 +130,30 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         pairs, tokens = (sum(sizes[name] for sizes in self._batch_sizes) for name in ("pairs", "chosen"))
         return torch.tensor(-self._metrics["eval"]["logps/chosen"][0] * pairs / tokens).exp().item()
 
+    def share_prefixes(self, setting: bool | str) -> bool:
+        """Makes policy and reference compute each pair's prompt once, where the recipe and the model allow it."""
+        shared, why = decide(setting, self.model, self.accelerator.device)
+        log.info("%s", why)
+        for model in (self.model, self.ref_model) if shared else ():
+            if model is not None:
+                share_prefixes(self.accelerator.unwrap_model(model), "stop" if setting == "auto" else "raise")
+        return shared
+
+    def score_reference(self, pair: Mapping[str, Any]) -> tuple[float, float]:
+        """The reference's log-probabilities of one pair's replies (chosen, rejected), in nats."""
+        self.model.eval()
+        inputs = self._prepare_inputs(self.data_collator([pair]))
+        chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        return chosen.item(), rejected.item()
+
+    def use_stored_reference(self, train: Dataset, validation: Dataset) -> None:
+        """Trains on pairs that bring `ref_chosen_logps` and `ref_rejected_logps`: no more reference forwards.
+
+        TRL reads these columns only with its own precomputing on, which would compute them again (TRL 1.16).
+        """
+        self.train_dataset, self.eval_dataset = train, validation
+        self.precompute_ref_logps = True
+
     def reference_context(self):
         return self.as_reference
 
@@ -144,7 +172,7 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         """TRL's own loss and rewards of one pair, leaving no trace in its averages."""
         self.model.eval()
         inputs = self._prepare_inputs(self.data_collator([pair]))
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # which accelerate puts around the model only once training begins
             loss = self.compute_loss(self.model, inputs).item()
         found = {name: values[-1] for name, values in self._metrics["eval"].items()}
         self._metrics["eval"].clear()

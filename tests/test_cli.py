@@ -161,7 +161,7 @@ def test_a_typo_is_answered_at_once(say):
     assert time.perf_counter() - began < 3
 
 
-@pytest.mark.parametrize("command", ["list", "show", "data", "sft", "dpo"])
+@pytest.mark.parametrize("command", ["list", "show", "data", "cache", "sft", "dpo"])
 def test_every_command_has_examples_in_its_help(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
