@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from transformers import (
 from alignlab.errors import MachineError, ModelError
 from alignlab.recipe import ModelSection
 from alignlab.run import hash_file
+
+log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -161,10 +164,18 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     policy = load_weights(section, start.weights)
     if start.adapter:
         with _loading("adapter", start.adapter, section):
-            return PeftModel.from_pretrained(policy, start.adapter, is_trainable=True), None
+            policy = PeftModel.from_pretrained(policy, start.adapter, is_trainable=True)
+        _say_what_the_adapter_decides(policy.peft_config["default"], section, start.adapter)
+        return policy, None
     if section.lora is not None:
         return add_adapter(policy, section), None
     return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
+
+
+def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapter: str) -> None:
+    for key in ("r", "lora_alpha"):
+        if key in section.lora and getattr(own, key, None) != section.lora[key]:
+            log.warning("model.lora.%s=%s has no effect: %s has %s", key, section.lora[key], adapter, getattr(own, key))
 
 
 def settle_adapters(model: PeftModel, section: ModelSection) -> None:

@@ -17,8 +17,8 @@ from alignlab.recipe import DataSection, KLSection, ModelSection, MonitorSection
 
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
-    "errors rules fields store written recipe listing arguments run summary transcript toy rows format sources ledger data "
-    "describe model measures generate heldout packing reference monitor pretrain trainers train cli __main__"
+    "errors rules fields store written recipe listing arguments run summary transcript toy rows format sources ledger "
+    "data describe model measures generate heldout packing reference monitor pretrain trainers train cli __main__"
 ).split()
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
