@@ -164,10 +164,13 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+# How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
+FULL_DISK = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "inline_container")
+
+
 def _is_full_disk(error: BaseException | None) -> bool:
-    """ENOSPC, also as safetensors and torch report it: in words."""
     while error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL_DISK):
             return True
         error = error.__cause__ or error.__context__
     return False

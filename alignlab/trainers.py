@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab.model import load_adapters
@@ -23,6 +24,7 @@ from alignlab.packing import decide, share_prefixes
 log = logging.getLogger(__name__)
 
 PAIR_METRICS = ("rewards/", "logps/")  # TRL's metrics that are means over pairs; the others are means over tokens
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHOSEN_METRICS = ("logits/chosen", "mean_token_accuracy")
 
 
@@ -106,8 +108,13 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         self._batch_losses: list[float] = []
         super().__init__(*args, **kwargs)
 
-    def _prepare_dataset(self, dataset: Dataset, *args, **kwargs) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset, processing_class, args: DPOConfig, dataset_name: str) -> Dataset:
         """The pairs as they are: they hold token ids, and TRL would tokenize them again, cut them and drop some."""
+        prompt, chosen, rejected = (pc.list_value_length(dataset.data.column(name)) for name in IDS)
+        longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py()
+        assert args.max_length is None or longest <= args.max_length, (
+            f"TRL would cut {dataset_name} at {args.max_length}"
+        )
         return dataset
 
     def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

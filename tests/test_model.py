@@ -428,7 +428,7 @@ def test_a_max_length_above_the_positions_is_refused(folders):
     models.check_positions(config, 128, "sft")
     assert refusal(models.check_positions, config, 129, "dpo") == (
         "dpo.max_length is 129, but the model has 128 positions; "
-        "set data.max_prompt_tokens and data.max_reply_tokens to at most 128 together"
+        "lower data.max_prompt_tokens and data.max_reply_tokens, and dpo.max_length where it is written"
     )
 
 

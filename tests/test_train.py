@@ -225,7 +225,7 @@ def test_trl_neither_cuts_nor_drops_after_preparation(recipe, tmp_path, monkeypa
     quick = recipe()
     train_dpo(quick, root=tmp_path)
     _, pairs = prepare_data(quick)
-    assert seen[0].train_dataset.to_list() == pairs.train.to_list()
+    assert seen[0].train_dataset.select_columns(pairs.train.column_names).to_list() == pairs.train.to_list()
     batch = seen[0].data_collator([pairs.train[0]])
     assert batch["attention_mask"].sum() == sum(
         len(pairs.train[0]["prompt_ids"]) + len(pairs.train[0][side]) for side in ("chosen_ids", "rejected_ids")
