@@ -37,7 +37,8 @@ check: install   ## format, lint, tests
 	$(BIN)/pytest
 
 bench: install   ## a DPO step against stock TRL, on CPU: about 12 minutes
-	$(BIN)/python tests/bench/step.py llama-25m
+	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	  $(BIN)/python tests/bench/step.py llama-25m
 
 list: install    ## the recipes
 	@$(RUN) list

@@ -162,7 +162,7 @@ def machine() -> dict:
     return {
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
     }
 
