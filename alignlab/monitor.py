@@ -200,7 +200,8 @@ class Samples:
             facts = [{**fact, "kl": nats} for fact, nats in zip(facts, kl, strict=True)]
             metrics |= _kl_metrics(kl, replies)
             facts = self._with_reference_replies(model, facts, reference)
-        for prompt, fact in zip(self.prompts.texts, facts, strict=True):
+        shown = zip(self.prompts.texts, facts, strict=True) if self.run.is_writer else ()
+        for prompt, fact in shown:
             append_line(self.run.samples_file, {"step": step, "split": self.prompts.split, "prompt": prompt, **fact})
         return {f"eval_{name}": value for name, value in metrics.items()}
 

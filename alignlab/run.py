@@ -27,6 +27,7 @@ class Run:
     """A run directory, named by stage and recipe: `runs/mistral/dpo-beta0.3`."""
 
     path: Path
+    is_writer: bool = True  # false in all processes of a launch but the first
 
     @property
     def recipe_file(self) -> Path:
@@ -80,7 +81,8 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the manifest, whole or not at all."""
-        write_json(self.manifest_file, {**self.manifest, **facts})
+        if self.is_writer:
+            write_json(self.manifest_file, {**self.manifest, **facts})
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
     state = PartialState()
     if not state.is_main_process:
         state.wait_for_everyone()
-        yield Run(path)
+        yield Run(path, is_writer=False)
         return
     with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
         state.wait_for_everyone()
