@@ -159,8 +159,8 @@ def _fail(message: str, args: argparse.Namespace) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    if _is_main_process():
-        print(message, file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     return code
 
 

@@ -107,15 +107,20 @@ def dpo_config(recipe: Recipe, here: Circumstances) -> DPOConfig:
     return DPOConfig(**trl_arguments(recipe, "dpo", here))
 
 
+def _processes() -> PartialState:
+    """The processes of this launch; without a GPU accelerate counts them only when told to stay on the CPU."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def _here(run: Run, rows: int, checkpoint: Path | None) -> Circumstances:
-    world = PartialState().num_processes
+    world = _processes().num_processes
     return Circumstances(run.checkpoints, rows, not torch.cuda.is_available(), world, checkpoint is not None)
 
 
 @contextlib.contextmanager
 def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
     path = root / recipe.name / (name or run_name(recipe, stage))
-    state = PartialState()
+    state = _processes()
     if not state.is_main_process:
         state.wait_for_everyone()
         yield Run(path, is_writer=False)
@@ -129,7 +134,7 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
 
 def _sft_run(recipe: Recipe, root: Path) -> Run:
     path = root / recipe.name / run_name(recipe, "sft")
-    if PartialState().num_processes > 1 and not Run(path).is_finished:
+    if _processes().num_processes > 1 and not Run(path).is_finished:
         raise RunError(f"{path} is not finished; run `alignlab sft {recipe.name}` under the launcher first")
     if not Run(path).is_finished:
         log.info("%s is not there yet: SFT comes first", path)
@@ -140,7 +145,7 @@ def _with_weights(recipe: Recipe) -> Recipe:
     """The recipe with the folder of the embedded base model in place of its name."""
     if recipe.model.name != "toy":
         return recipe
-    with PartialState().main_process_first():
+    with _processes().main_process_first():
         folder = pretrain.base_model(recipe.data.toy)
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder)))
 
@@ -153,7 +158,7 @@ def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
 
 def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
     tokenizer, pairs = prepare_data(recipe)
-    if PartialState().is_main_process:
+    if _processes().is_main_process:
         shutil.copyfile(pairs.dropped_rows, run.dropped_file)
         facts = ("rows", "kept", "dropped", "repaired", "fingerprint")
         run.note(data={name: getattr(pairs, name) for name in facts})
@@ -165,10 +170,10 @@ def _resume_point(run: Run) -> Path | None:
     checkpoint, damaged = runs.last_whole_checkpoint(run)
     for broken in damaged:
         log.warning("%s is not whole and is removed; going on from %s", broken, checkpoint or "the start")
-    if PartialState().is_main_process:
+    if _processes().is_main_process:
         runs.remove_checkpoints(damaged)
         runs.cut_back(run, runs.step_of(checkpoint) if checkpoint else -1)
-    PartialState().wait_for_everyone()
+    _processes().wait_for_everyone()
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     return checkpoint
@@ -231,12 +236,12 @@ def _with_stored_reference(
     identity = identify_reference(section, start, ld_alpha=args.ld_alpha, **facts)
     splits = {"train": pairs.train, "validation": pairs.validation}
     found = look_up(identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
-    online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), PartialState().num_processes)
+    online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), _processes().num_processes)
     stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
     if not stored:
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
     filled, receipt = complete(found, trainer.score_reference) if stored else ({}, None)
-    if PartialState().is_main_process:
+    if _processes().is_main_process:
         run.note(stored_reference=stored)
     if filled:
         log.info("%s", receipt)
@@ -296,7 +301,7 @@ def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:
 
 def _finish(trainer, run: Run, **facts: Any) -> None:
     """Writes the final model whole, then the manifest that calls the run finished."""
-    if not PartialState().is_main_process:
+    if not _processes().is_main_process:
         return
     beside = run.path / ".model"
     shutil.rmtree(beside, ignore_errors=True)
@@ -309,7 +314,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
         status="finished",
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
-        world_size=PartialState().num_processes,
+        world_size=_processes().num_processes,
         peak_memory_gib=round(_peak_memory() / 2**30, 2),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,

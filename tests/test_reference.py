@@ -84,7 +84,7 @@ def build(folders, adapters, pairs, tokenizer, tmp_path):
         policy = PeftModel.from_pretrained(base, adapter or adapters[0], is_trainable=True)
         options = {"output_dir": str(tmp_path / "run"), "bf16": False, "per_device_train_batch_size": 8} | options
         fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "gradient_checkpointing": False}
-        args = DPOConfig(max_length=128, logging_steps=1, save_strategy="no", **fixed, **options)
+        args = DPOConfig(max_length=512, logging_steps=1, save_strategy="no", **fixed, **options)
         return AlignDPOTrainer(policy, None, args, train_dataset=rows, processing_class=tokenizer)
 
     return trainer
