@@ -34,6 +34,7 @@ def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, 
     return {
         "max_length": recipe.data.max_prompt_tokens + recipe.data.max_reply_tokens,
         "gradient_checkpointing": not here.on_cpu,
+        "ddp_find_unused_parameters": False,
         "save_total_limit": 2,
         "disable_tqdm": not sys.stderr.isatty(),
         **section,

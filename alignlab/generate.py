@@ -32,17 +32,20 @@ def sample_replies(
     seed: int,
     greedy: bool = False,
     batch_size: int = 16,
+    first: int = 0,
+    stops: Sequence[str] = (NEXT_TURN,),
 ) -> list[Reply]:
     """One reply to each prompt (token ids), sampled at temperature 1 without top-k or top-p.
 
     Each batch has its own seed, so that the replies do not depend on which process draws a batch, nor on what was
-    drawn before. The caller's random state is left as it was.
+    drawn before; `first` is the number of the first batch. A reply ends at its EOS or at one of `stops`, where the
+    model would go on for the other side. The caller's random state is left as it was.
     """
     replies = []
-    for number, batch in enumerate(batches(prompts, batch_size)):
+    for number, batch in enumerate(batches(prompts, batch_size), first):
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed * 1_000_003 + number)
-            replies += _sample(model, tokenizer, batch, max_new_tokens, greedy)
+            replies += _sample(model, tokenizer, batch, max_new_tokens, greedy, stops)
     return replies
 
 
@@ -51,7 +54,7 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 @torch.no_grad()
-def _sample(model, tokenizer, prompts, max_new_tokens, greedy) -> list[Reply]:
+def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops) -> list[Reply]:
     ids_BT, mask_BT = pad_left(prompts, tokenizer.pad_token_id, model.device)
     choice = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     how = GenerationConfig(
@@ -59,7 +62,7 @@ def _sample(model, tokenizer, prompts, max_new_tokens, greedy) -> list[Reply]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
-        stop_strings=[NEXT_TURN],
+        stop_strings=list(stops) or None,
         **choice,
     )
     was_training = model.training
@@ -67,7 +70,7 @@ def _sample(model, tokenizer, prompts, max_new_tokens, greedy) -> list[Reply]:
     with _own_settings_off(model):
         out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, tokenizer=tokenizer)
     model.train(was_training)
-    return [_reply(tokenizer, row) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
+    return [_reply(tokenizer, row, stops) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
 
 
 @contextlib.contextmanager
@@ -84,12 +87,13 @@ def _own_settings_off(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Reply:
+def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> Reply:
     end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
     text = tokenizer.decode(ids[:end])
-    if NEXT_TURN in text:
-        kept = next(n for n in range(1, end + 1) if NEXT_TURN in tokenizer.decode(ids[:n]))
-        return Reply(tuple(ids[:kept]), text[: text.index(NEXT_TURN)], ended=True)
+    if found := [stop for stop in stops if stop in text]:
+        first = min(found, key=text.index)
+        kept = next(n for n in range(1, end + 1) if first in tokenizer.decode(ids[:n]))
+        return Reply(tuple(ids[:kept]), text[: text.index(first)], ended=True)
     return Reply(tuple(ids[: end + 1]), text, ended=end < len(ids))
 
 

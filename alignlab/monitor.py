@@ -1,4 +1,4 @@
-"""Trainer callbacks: the metrics file, samples and KL on held-out prompts, checkpoints that count, and early checks."""
+"""Trainer callbacks: the metrics file, guards, checkpoints that count, and early checks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
 from alignlab.errors import ModelError
-from alignlab.generate import Reply, batches, reply_logits, sample_replies
-from alignlab.measures import estimate, kl_per_reply
+from alignlab.guards import Alarm, alarms
+from alignlab.recipe import MonitorSection
 from alignlab.run import Run, append_line, mark_complete
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,6 @@ SHOWN = {  # of an evaluation, on the terminal
     "eval_reply_tokens": "tokens per reply",
 }
 START_TOLERANCE = 0.01
-BATCH = 8  # prompts to a batch of sampling; part of what fixes the replies, since each batch has its own seed
 
 
 class MetricsFile(TrainerCallback):
@@ -109,6 +107,7 @@ class StopOnInterrupt(TrainerCallback):
                 self.before[number] = signal.signal(number, self._ask)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.asked = _any_process(self.asked)  # or one would wait in vain for another that has stopped
         if self.asked:
             control.should_log = control.should_save = control.should_training_stop = True
 
@@ -121,6 +120,15 @@ class StopOnInterrupt(TrainerCallback):
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+
+def _any_process(flag: bool) -> bool:
+    if not torch.distributed.is_initialized():
+        return flag
+    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    flags = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(flags)
+    return flags.item() > 0
 
 
 class WeightsMove(TrainerCallback):
@@ -163,82 +171,41 @@ def _starts(model: PreTrainedModel) -> list[torch.Tensor]:
     return [p.detach().flatten()[:4096].clone() for p in model.parameters() if p.requires_grad]
 
 
-@dataclass(frozen=True)
-class HeldOutPrompts:
-    """The prompts that are answered at each evaluation, always the same ones with the same seed."""
+class Guard(TrainerCallback):
+    """Says, once each, what an evaluation gives cause to warn of; under `action: stop` it ends the run.
 
-    split: str
-    texts: list[str]
-    ids: list[list[int]]
-    max_new_tokens: int
-    seed: int
-
-
-class Samples:
-    """Replies of the policy to held-out prompts, and how far they are from the reference.
-
-    `reference` is a context in which the model answers as the reference, or None where there is none (SFT). All
-    figures are over replies cut at `max_new_tokens`; the share that was cut is 1 − eos_rate.
+    `outside` tells whether the last evaluation was outside the limits, and so may not be the best checkpoint.
     """
 
-    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, prompts: HeldOutPrompts):
-        self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
-        self.reference_replies: list[Reply] | None = None
+    def __init__(self, run: Run, section: MonitorSection, anchored: bool):
+        self.run, self.section, self.anchored = run, section, anchored
+        self.said = {warning["guard"] for warning in run.manifest.get("warnings", [])}
+        self.outside = False
+        self.stopped: Alarm | None = None
 
-    def measure(
-        self, model: PreTrainedModel, step: int, reference: Callable[[], Iterator[PreTrainedModel]] | None
-    ) -> dict[str, float]:
-        """Samples, writes the replies to `samples.jsonl`, and returns the metrics of this evaluation."""
-        replies = self._answer(model)
-        facts = [{"reply": r.text, "tokens": len(r.ids), "ended": r.ended} for r in replies]
-        metrics = {
-            "reply_tokens": sum(len(r.ids) for r in replies) / len(replies),
-            "eos_rate": sum(r.ended for r in replies) / len(replies),
-        }
-        if reference is not None:
-            kl = self._kl(model, replies, reference)
-            facts = [{**fact, "kl": nats} for fact, nats in zip(facts, kl, strict=True)]
-            metrics |= _kl_metrics(kl, replies)
-            facts = self._with_reference_replies(model, facts, reference)
-        shown = zip(self.prompts.texts, facts, strict=True) if self.run.is_writer else ()
-        for prompt, fact in shown:
-            append_line(self.run.samples_file, {"step": step, "split": self.prompts.split, "prompt": prompt, **fact})
-        return {f"eval_{name}": value for name, value in metrics.items()}
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.log_history:  # resumed, perhaps from the very evaluation that stopped it
+            self.on_evaluate(args, state, control)
 
-    def _answer(self, model: PreTrainedModel) -> list[Reply]:
-        p = self.prompts
-        return sample_replies(
-            model, self.tokenizer, p.ids, max_new_tokens=p.max_new_tokens, seed=p.seed, batch_size=BATCH
-        )
+    def on_evaluate(self, args, state, control, **kwargs):
+        found = alarms([row for row in state.log_history if "eval_loss" in row], self.section, self.anchored)
+        for alarm in found:
+            if alarm.guard not in self.said:
+                self._say(alarm, state.is_world_process_zero)
+        stopping = [alarm for alarm in found if alarm.stops and self.section.action == "stop"]
+        self.outside = bool(stopping)
+        if stopping:
+            self.stopped, control.should_training_stop = stopping[0], True
 
-    def _with_reference_replies(self, model, facts, reference):
-        if self.reference_replies is None:
-            with reference() as reference_model:
-                self.reference_replies = self._answer(reference_model or model)
-        return [{**f, "reference_reply": r.text} for f, r in zip(facts, self.reference_replies, strict=True)]
-
-    @torch.no_grad()
-    def _kl(self, model, replies, reference) -> list[float]:
-        kl, was_training = [], model.training
-        model.eval()
-        for rows in batches(range(len(replies)), BATCH):
-            prompts, answers = [self.prompts.ids[i] for i in rows], [replies[i].ids for i in rows]
-            policy_logits, _, mask = reply_logits(model, prompts, answers, self.tokenizer.pad_token_id)
-            with reference() as reference_model:
-                other = reference_model or model
-                reference_logits, _, _ = reply_logits(other, prompts, answers, self.tokenizer.pad_token_id)
-            kl += kl_per_reply(policy_logits, reference_logits, mask).tolist()
-        model.train(was_training)
-        return kl
-
-
-def _kl_metrics(kl: list[float], replies: list[Reply]) -> dict[str, float]:
-    nats = estimate(kl)
-    return {
-        "kl": nats.mean,
-        "kl_stderr": nats.stderr,
-        "kl_per_token": sum(kl) / sum(len(r.ids) for r in replies),
-    }
+    def _say(self, alarm: Alarm, is_main: bool) -> None:
+        self.said.add(alarm.guard)
+        if not is_main:
+            return
+        log.warning("step %d: %s", alarm.step, alarm.message)
+        self.run.note(warnings=[*self.run.manifest.get("warnings", []), alarm.as_json()])
+        if (wandb := sys.modules.get("wandb")) and wandb.run is not None:
+            wandb.run.alert(title=f"{alarm.guard} at step {alarm.step}", text=alarm.message)
+            wandb.run.summary[f"warnings/{alarm.guard}"] = alarm.message
 
 
 def check_start(loss: float, chosen_reward: float, rejected_reward: float, plain_sigmoid: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -30,14 +30,32 @@ class ToySection:
     seed: int = 0  # of the dialogues, the tokenizer and the base model
 
 
+Source = Literal["hh-rlhf", "summarize-from-feedback", "shp", "ultrafeedback", "pairs", "ranked", "alpaca", "toy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTDataSection:
+    """Other data for SFT than the chosen replies; what is not said here is as in `data`."""
+
+    path: str | list[str] | None = None  # as data.path; none: SFT learns the chosen replies
+    source: Source | None = None
+    subset: str | None = None
+    split: str = "train"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    source: Literal["hh-rlhf", "pairs", "toy"]
-    path: str | None = None  # hub id, folder, or .jsonl / .jsonl.gz / .parquet file
+    source: Source | None = None  # what a row means; none: recognised from the columns of each path, and said
+    path: str | list[str] | None = None  # hub id, folder or file (alignlab.files.READERS); several are concatenated
     subset: str | None = None  # a folder inside `path`, such as helpful-base
     split: str = "train"  # the hub split that is trained on, such as train_prefs
     test_split: str | None = "test"  # the split kept for the test rows, where the data has one of that name
-    format: Literal["hh", "chat"] = "hh"  # how a prompt reads: HH transcript, or the tokenizer's chat template
+    sft: SFTDataSection = field(default_factory=SFTDataSection)
+    min_score_ratio: float = 2.0  # of shp: pairs whose scores are nearer are dropped, as its authors advise
+    ranked_pairs: Literal["all", "adjacent", "best"] = "best"  # of ranked: every two, neighbours, or the best and each
+    max_pairs_per_prompt: int | None = None  # none: 5 for shp, as its authors advise, and no limit for others
+    # how a prompt reads: HH transcript, the tokenizer's chat template, Alpaca's sections, or the text as it stands
+    format: Literal["hh", "chat", "alpaca", "plain"] = "hh"
     max_prompt_tokens: int = 512  # the oldest turns go first, whole
     max_reply_tokens: int = 512
     long_replies: Literal["drop", "cut"] = "drop"
@@ -67,12 +85,22 @@ class ModelSection:
 class KLSection:
     prompts: int = 64  # held-out prompts sampled at each evaluation
     max_new_tokens: int = 128
+    batch_size: int = 8  # prompts sampled together; with the seed it fixes the replies
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSection:
     kl: KLSection = field(default_factory=KLSection)
+    max_kl: float | None = 20.0  # nats per reply; acts on kl − 2·stderr, never on noise
+    max_accuracy: float | None = 0.95  # of the implicit reward on held-out pairs; as above
+    action: Literal["warn", "stop"] = "warn"  # stop: end the run, and keep the best checkpoint inside the limits
     patience: int | None = 3  # evaluations without a better one; none never stops early
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSection:
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.3, 0.1, 0.05])  # one member each
+    max_kl: float = 10.0  # nats per reply; the member with the largest margin below it is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +113,12 @@ class Recipe:
     sft: Mapping[str, Any]  # keyword arguments of trl.SFTConfig, as written
     dpo: Mapping[str, Any]  # keyword arguments of trl.DPOConfig, as written
     monitor: MonitorSection
+    sweep: SweepSection
     sources: Mapping[str, str]  # "dpo.beta" -> "recipes/mistral.yaml:9" or "command line: 'dpo.beta=0.3'"
     overrides: tuple[str, ...] = ()  # those of the command line that change a value, as key=JSON, sorted
 
 
+SECTIONS = {"data": DataSection, "model": ModelSection, "monitor": MonitorSection, "sweep": SweepSection}
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
 _ABSENT = object()
@@ -111,11 +141,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         name=_name(path),
         path=path,
         about=values.get(("about",), ""),
-        data=_build(DataSection, ("data",), values),
-        model=_build(ModelSection, ("model",), values),
-        sft=_under(("sft",), values),
-        dpo=_under(("dpo",), values),
-        monitor=_build(MonitorSection, ("monitor",), values),
+        **{name: _build(section, (name,), values) for name, section in SECTIONS.items()},
+        **{stage: _under((stage,), values) for stage in STAGES},
         sources={".".join(key): where for key, where in sources.items()},
         overrides=tuple(
             f"{'.'.join(key)}={json.dumps(value, ensure_ascii=False)}"
@@ -152,8 +179,7 @@ def _under(prefix: Key, values: Mapping[Key, Any]) -> dict[str, Any]:
 def _settings() -> Mapping[Key, Setting]:
     """Every key that a recipe may hold."""
     known = {("about",): Setting(("str",), default="")}
-    for name, section in (("data", DataSection), ("model", ModelSection), ("monitor", MonitorSection)):
-        known.update(_settings_of(section, (name,)))
+    known |= {key: of for name, section in SECTIONS.items() for key, of in _settings_of(section, (name,))}
     for prefix, library in ((("sft",), "sft"), (("dpo",), "dpo"), (_LORA, "lora")):
         known.update({(*prefix, name): of for name, of in library_settings()[library].items()})
     for stage in STAGES:  # unset, it is the sum of data's two limits, not TRL's 1024
@@ -168,7 +194,8 @@ def _settings_of(section: type, prefix: Key) -> Iterator[tuple[Key, Setting]]:
         if is_dataclass(hints[each.name]):
             yield from _settings_of(hints[each.name], key)
         elif key != _LORA:
-            yield key, setting(hints[each.name], each.default)
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            yield key, setting(hints[each.name], default)
 
 
 def _own_default(key: Key) -> Any:
@@ -287,14 +314,16 @@ def _default(key: Key, has_lora: bool) -> Any:
 def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's result depends on: data, model and the stage's own section, without its logging.
 
-    SFT leaves out the keys of `model` that only DPO reads.
+    SFT leaves out the keys of `model` that only DPO reads, DPO those of `data` that only SFT reads.
     """
-    model = asdict(recipe.model)
+    data, model = asdict(recipe.data), asdict(recipe.model)
+    if stage == "dpo":
+        del data["sft"]
     if stage == "sft":
         del model["start"], model["reference"], model["prefix_sharing"]
     logging = ("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node")
     own = {k: v for k, v in getattr(recipe, stage).items() if not k.startswith("logging_") and k not in logging}
-    return {"data": asdict(recipe.data), "model": model, stage: own}
+    return {"data": data, "model": model, stage: own}
 
 
 def run_name(recipe: Recipe, stage: str) -> str:
@@ -356,8 +385,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else "")
 )
 
 
@@ -369,4 +397,4 @@ def write_yaml(recipe: Recipe) -> str:
 def sections_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings as plain dicts, in the order in which a recipe is written."""
     plain = asdict(recipe)
-    return {name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor")}
+    return {name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor", "sweep")}

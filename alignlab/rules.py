@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -113,11 +114,17 @@ _SHARE = (lambda v: 0 <= v < 1, "a share: at least 0 and below 1")
 # Limits beyond the type, each saving a run that could only fail or mislead; the bare ones hold in sft and in dpo.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.max_prompt_tokens", "data.max_reply_tokens", "data.max_pairs", "data.toy.pairs"), _COUNT),
+    "data.max_pairs_per_prompt": _COUNT,
+    "data.min_score_ratio": (lambda v: v >= 1, "1 or more"),
     **dict.fromkeys(("data.validation_share", "data.test_share", "data.toy.flipped_share"), _SHARE),
     **dict.fromkeys(("data.seed", "data.toy.seed", "seed", "data_seed"), _NOT_NEGATIVE),
     **dict.fromkeys(("model.lora.r", "model.lora.lora_alpha"), _COUNT),
     "model.lora.lora_dropout": _SHARE,
-    **dict.fromkeys(("monitor.kl.prompts", "monitor.kl.max_new_tokens", "monitor.patience"), _COUNT),
+    **dict.fromkeys(
+        ("monitor.kl.prompts", "monitor.kl.max_new_tokens", "monitor.kl.batch_size", "monitor.patience"), _COUNT
+    ),
+    **dict.fromkeys(("monitor.max_kl", "sweep.max_kl"), _POSITIVE),
+    "monitor.max_accuracy": (lambda v: 0 < v <= 1, "a share: above 0, at most 1"),
     **dict.fromkeys(("beta", "learning_rate", "num_train_epochs", "eval_steps", "logging_steps"), _POSITIVE),
     **dict.fromkeys(("adam_epsilon", "discopop_tau"), _POSITIVE),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "max_length"), _COUNT),
@@ -134,11 +141,22 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _source_conflict(source: str | None, path: str | None) -> str | None:
+def _source_conflict(source: str | None, path: Any) -> str | None:
     if source == "toy" and path:
         return f"data.path is {path!r}, but data.source: toy makes its own dialogues"
-    if source not in ("toy", None) and not path:
-        return f"data.source: {source} needs data.path: a hub id, a folder or a file"
+    if source != "toy" and not path:
+        needed = "a hub id, a folder or a file"
+        return f"data.source: {source} needs data.path: {needed}" if source else f"data.path is missing: {needed}"
+    if source == "alpaca":
+        return "data.source is alpaca, which holds replies and no pairs; write data.sft: {source: alpaca, path: …}"
+    return None
+
+
+def _sft_source_conflict(source: str | None, path: Any) -> str | None:
+    if source and not path:
+        return f"data.sft.source: {source} needs data.sft.path: a hub id, a folder or a file"
+    if source == "toy":
+        return "data.sft.source is toy, whose dialogues are those of data.source: toy"
     return None
 
 
@@ -186,12 +204,24 @@ def _loss_conflict(losses: list[str], weights: list[float] | None, smoothing: fl
     return None
 
 
+def _betas_conflict(betas: list[float]) -> str | None:
+    if not betas:
+        return "sweep.betas is empty; write some, such as [0.5, 0.3, 0.1, 0.05]"
+    if wrong := [beta for beta in betas if not 0 < beta < math.inf]:
+        return f"sweep.betas holds {wrong[0]}, but a beta is a number above 0"
+    if twice := [beta for n, beta in enumerate(betas) if beta in betas[:n]]:
+        return f"sweep.betas holds {twice[0]} twice, which would be two equal members; keep one"
+    return None
+
+
 # Settings that are sound each, but not together: their keys, and what is wrong with their values, if anything.
 TOGETHER: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.source", "data.path"), _source_conflict),
+    (("data.sft.source", "data.sft.path"), _sft_source_conflict),
     (("data.validation_share", "data.test_share"), _share_conflict),
     (("model.load_in_4bit", "model.dtype", "model.lora"), _weights_conflict),
     *((((f"{s}.max_length", "data.max_prompt_tokens", "data.max_reply_tokens")), _length_conflict(s)) for s in STAGES),
     *(((f"{s}.eval_steps", f"{s}.logging_steps"), _steps_conflict(s)) for s in STAGES),
     (("dpo.loss_type", "dpo.loss_weights", "dpo.label_smoothing"), _loss_conflict),
+    (("sweep.betas",), _betas_conflict),
 )

@@ -124,6 +124,8 @@ def cut_back(run: Run, step: int) -> None:
     for file in (run.metrics_file, run.samples_file):
         if file.is_file():
             write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
+    if warnings := run.manifest.get("warnings"):
+        run.note(warnings=[warning for warning in warnings if warning["step"] <= step])
 
 
 @contextlib.contextmanager

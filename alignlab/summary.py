@@ -17,9 +17,24 @@ def summarize(run: Run) -> str:
     test = manifest["test"]
     parts = [f"{run.path} {manifest['status']}: {manifest['stop_reason']} ({_seconds(manifest['training_seconds'])})"]
     parts += _dpo_table(test) if manifest["stage"] == "dpo" else _sft_table(run, test)
+    parts += (
+        ["", *(f"  step {w['step']}: {w['message']}" for w in manifest["warnings"])] if manifest.get("warnings") else []
+    )
     parts += _side_by_side([s for s in run.samples() if s["split"] == "test"][:SHOWN_REPLIES])
+    parts.append(_cost(manifest))
     parts.append(f"\n{run.path}/  metrics.jsonl, samples.jsonl, dropped.jsonl, manifest.json, model/")
     return "\n".join(parts)
+
+
+def _cost(manifest: dict[str, Any]) -> str:
+    """What the run took: memory beside the plan where both are a GPU's, and the share of the time that KL cost."""
+    memory = f"peak memory {manifest['peak_memory_gib']:.2f} GiB"
+    if not manifest["machine"].get("gpus"):
+        memory += " of the process, libraries included"
+    elif manifest.get("planned_gib"):
+        memory += f", {manifest['planned_gib']:.2f} planned"
+    share = manifest["sampling_seconds"] / max(manifest["training_seconds"], 0.1)
+    return f"\n  {memory}; sampling and KL took {share:.1%} of the training time"
 
 
 def _dpo_table(test: dict[str, Any]) -> list[str]:

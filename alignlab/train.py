@@ -14,22 +14,25 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, SFTConfig
 
-from alignlab import heldout, monitor, pretrain, toy
+from alignlab import heldout, monitor, pretrain
 from alignlab import model as models
 from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
-from alignlab.data import Prepared, prepare, sft_rows
+from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
 from alignlab.errors import RunError
-from alignlab.measures import Estimate, estimate
+from alignlab.figures import figures_on_test, held_out_prompts
+from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
+from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.run import Run
+from alignlab.samples import Samples
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
 log = logging.getLogger(__name__)
@@ -40,11 +43,14 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
     with _opened(recipe, "sft", root, name, force) as run:
         if run.is_finished:
             return run
-        section = _with_weights(recipe).model
+        section = with_weights(recipe).model
         tokenizer, pairs = _prepared(recipe, run)
-        rows, held_out = sft_rows(pairs.train), sft_rows(pairs.validation)
-        doubles = len(pairs.train) - len(rows)
-        log.info("data: %d replies to learn from; %d more pairs prefer one of them again", len(rows), doubles)
+        replies = prepare_replies(recipe.data, tokenizer, pairs)
+        rows, held_out = sft_rows(replies.train), sft_rows(replies.validation)
+        doubles = len(replies.train) - len(rows)
+        log.info("data: %d replies to learn from; %d more rows hold one of them again", len(rows), doubles)
+        if replies is not pairs:
+            run.note(sft_data=_facts_of(replies))
         checkpoint = _resume_point(run)
         args = sft_config(recipe, _here(run, len(rows), checkpoint))
         models.check_positions(models.load_config(section), args.max_length, "sft")
@@ -65,7 +71,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
     sft = None if recipe.model.start else _sft_run(recipe, root)
-    section = _with_weights(recipe).model
+    section = with_weights(recipe).model
     start = models.find_start(section, sft.model if sft else None)
     parent = _parent(sft, start)
     with _opened(recipe, "dpo", root, name, force) as run:
@@ -95,7 +101,7 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         pairs = _with_stored_reference(trainer, section, start, pairs, run, known=base, prefix_sharing=shared)
         _check_start(trainer, recipe, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
-        _finish(trainer, run, test=_test(trainer, recipe, pairs, run))
+        _finish(trainer, run, test=figures_on_test(trainer, recipe, pairs.test, run, _share(trainer)))
     return run
 
 
@@ -121,6 +127,9 @@ def _here(run: Run, rows: int, checkpoint: Path | None) -> Circumstances:
 def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
     path = root / recipe.name / (name or run_name(recipe, stage))
     state = _processes()
+    check_world(state.num_processes)
+    refuse_sharded_4bit(recipe.model)
+    refuse_different_recipes(gather_object([write_yaml(recipe)]))
     if not state.is_main_process:
         state.wait_for_everyone()
         yield Run(path, is_writer=False)
@@ -129,7 +138,18 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
         state.wait_for_everyone()
         if run.is_finished:
             log.info("%s is finished (%s); --force trains it again", run.path, run.manifest["stop_reason"])
+        if not run.is_finished:
+            _say_what_it_needs(recipe, stage, run)
         yield run
+
+
+def _say_what_it_needs(recipe: Recipe, stage: str, run: Run) -> None:
+    """One line before anything large is loaded, and in the manifest: the memory that is planned, and on what."""
+    cuda = torch.cuda.is_available()
+    line, planned = plan_line(recipe, stage, cuda=cuda)
+    log.info("%s", line)
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
+    run.note(planned_gib=planned, machine={**run.manifest["machine"], "gpus": gpus})
 
 
 def _sft_run(recipe: Recipe, root: Path) -> Run:
@@ -141,7 +161,7 @@ def _sft_run(recipe: Recipe, root: Path) -> Run:
     return train_sft(recipe, root=root)
 
 
-def _with_weights(recipe: Recipe) -> Recipe:
+def with_weights(recipe: Recipe) -> Recipe:
     """The recipe with the folder of the embedded base model in place of its name."""
     if recipe.model.name != "toy":
         return recipe
@@ -152,7 +172,7 @@ def _with_weights(recipe: Recipe) -> Recipe:
 
 def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
     """The recipe's tokenizer and its pairs as the model will see them, without a run."""
-    tokenizer = models.load_tokenizer(_with_weights(recipe).model)
+    tokenizer = models.load_tokenizer(with_weights(recipe).model)
     return tokenizer, prepare(recipe.data, tokenizer)
 
 
@@ -160,9 +180,12 @@ def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepar
     tokenizer, pairs = prepare_data(recipe)
     if _processes().is_main_process:
         shutil.copyfile(pairs.dropped_rows, run.dropped_file)
-        facts = ("rows", "kept", "dropped", "repaired", "fingerprint")
-        run.note(data={name: getattr(pairs, name) for name in facts})
+        run.note(data=_facts_of(pairs))
     return tokenizer, pairs
+
+
+def _facts_of(prepared: Prepared) -> dict[str, Any]:
+    return {name: getattr(prepared, name) for name in ("rows", "kept", "dropped", "repaired", "parts", "fingerprint")}
 
 
 def _resume_point(run: Run) -> Path | None:
@@ -180,44 +203,82 @@ def _resume_point(run: Run) -> Path | None:
 
 
 def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
-    interrupt = monitor.StopOnInterrupt()
-    for callback in (ProgressCallback, PrinterCallback):  # `monitor.Progress` takes their place
-        trainer.remove_callback(callback)
-    own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
-    own += [monitor.MetricsFile(run), monitor.WholeCheckpoints()]
-    if recipe.monitor.patience:
-        own.append(EarlyStoppingCallback(recipe.monitor.patience))
-    for callback in own:
-        trainer.add_callback(callback)
-    prompts = _held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
-    trainer.samples = monitor.Samples(run, trainer.processing_class, prompts)
-    began = time.time()
+    interrupt = _add_callbacks(trainer, recipe, run)
+    prompts = held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
+    trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer))
+    _say_what_is_repeated(trainer, len(pairs.validation))
+    began = time.monotonic()
     with monitor.wandb_run(run, recipe.name):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _note_times(run, training=time.monotonic() - began, sampling=trainer.samples.seconds)
     if interrupt.asked:
         step = trainer.state.global_step
         run.note(status="stopped", stop_reason=f"interrupted at step {step}")
         raise KeyboardInterrupt(f"stopped at step {step} with a checkpoint; the same command goes on from there")
-    earlier = run.manifest.get("training_seconds", 0)
-    run.note(stop_reason=_stop_reason(trainer), training_seconds=round(earlier + time.time() - began, 1))
+    if trainer.guard and trainer.guard.stopped and not trainer.state.best_model_checkpoint:
+        trainer.return_to_reference()
+        trainer.state.best_global_step = 0
+    run.note(stop_reason=_stop_reason(trainer))
+
+
+def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt:
+    for callback in (ProgressCallback, PrinterCallback):  # `monitor.Progress` takes their place
+        trainer.remove_callback(callback)
+    interrupt = monitor.StopOnInterrupt()
+    own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
+    own += [monitor.MetricsFile(run), monitor.WholeCheckpoints()]
+    if isinstance(trainer, AlignDPOTrainer):
+        limits = recipe.monitor
+        run.note(limits={"max_kl": limits.max_kl, "max_accuracy": limits.max_accuracy, "action": limits.action})
+        trainer.guard = monitor.Guard(run, limits, anchored="sft" in trainer.loss_types)
+        own.append(trainer.guard)
+    if recipe.monitor.patience:
+        own.append(EarlyStoppingCallback(recipe.monitor.patience))
+    for callback in own:
+        trainer.add_callback(callback)
+    return interrupt
+
+
+def _share(trainer) -> tuple[int, int]:
+    """Which of how many shares of the sampling is this process's; where weights are sharded all do all, in lockstep."""
+    state = trainer.accelerator
+    return (
+        (0, 1)
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+        else (state.process_index, state.num_processes)
+    )
+
+
+def _say_what_is_repeated(trainer, held_out: int) -> None:
+    """Accelerate fills the last held-out batch up with rows from the first, so that processes have equally many."""
+    world = _processes().num_processes
+    short = -held_out % (world * trainer.args.per_device_eval_batch_size) if world > 1 else 0
+    if short:
+        log.info(
+            "held-out figures count %d of %d rows twice, to give %d processes as many each", short, held_out, world
+        )
+
+
+def _note_times(run: Run, **seconds: float) -> None:
+    """Adds to what earlier sessions of the same run have taken."""
+    names = {f"{name}_seconds": value for name, value in seconds.items()}
+    run.note(**{name: round(run.manifest.get(name, 0) + value, 1) for name, value in names.items()})
 
 
 def _stop_reason(trainer) -> str:
-    state = trainer.state
+    state, stopped = trainer.state, trainer.guard and trainer.guard.stopped
+    if stopped and not state.best_model_checkpoint:
+        kept = "no checkpoint was inside the limits, so the reference itself is kept"
+        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
+    if stopped:
+        kept = f"kept the best checkpoint inside the limits, step {state.best_global_step}"
+        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
     if state.global_step >= state.max_steps:
         return f"all {state.max_steps} steps done; best checkpoint at step {state.best_global_step}"
     return (
         f"no better held-out loss since step {state.best_global_step}, whose checkpoint is kept; "
         f"stopped at step {state.global_step} of {state.max_steps}"
     )
-
-
-def _held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, seed: int) -> monitor.HeldOutPrompts:
-    """The first `monitor.kl.prompts` different prompts of a split."""
-    kl = recipe.monitor.kl
-    few = dict(zip(pairs["prompt"], pairs["prompt_ids"], strict=True))
-    texts = list(few)[: kl.prompts]
-    return monitor.HeldOutPrompts(split, texts, [few[text] for text in texts], kl.max_new_tokens, seed)
 
 
 def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
@@ -235,14 +296,16 @@ def _with_stored_reference(
         return pairs
     identity = identify_reference(section, start, ld_alpha=args.ld_alpha, **facts)
     splits = {"train": pairs.train, "validation": pairs.validation}
+    if args.ld_alpha is None:  # the test figures are of the replies as they are
+        splits["test"] = pairs.test
     found = look_up(identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
     online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), _processes().num_processes)
+    online += len(splits.get("test", ()))
     stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
     if not stored:
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
     filled, receipt = complete(found, trainer.score_reference) if stored else ({}, None)
-    if _processes().is_main_process:
-        run.note(stored_reference=stored)
+    run.note(stored_reference=stored)
     if filled:
         log.info("%s", receipt)
         trainer.use_stored_reference(filled["train"], filled["validation"])
@@ -272,31 +335,6 @@ def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft:
             first = trainer.score_one(pair)
             rewards = first["rewards/chosen"], first["rewards/rejected"]
             monitor.check_start(first["loss"], *rewards, plain_sigmoid=trainer.loss_types == ["sigmoid"])
-
-
-def _test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
-    """The run's figures on the test split: estimates over pairs, and over replies to the test prompts."""
-    tokenizer = trainer.processing_class
-    policy = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
-    prompts = _held_out_prompts(recipe, pairs.test, "test", trainer.args.seed)
-    with trainer.as_reference() as model:
-        reference = heldout.score_pairs(model, pairs.test, tokenizer.pad_token_id)
-    found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
-    found["perplexity"] = heldout.reply_perplexity(policy)
-    found["reference_perplexity"] = heldout.reply_perplexity(reference)
-    samples = monitor.Samples(run, tokenizer, prompts)
-    step = trainer.state.best_global_step or trainer.state.global_step
-    replies = samples.measure(trainer.model, step, trainer.reference_context())
-    found |= {name.removeprefix("eval_"): value for name, value in replies.items()}
-    if recipe.data.source == "toy":
-        found["win_rate"] = dataclasses.asdict(_toy_win_rate([row for row in run.samples() if row["split"] == "test"]))
-    return found
-
-
-def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:
-    """How often the policy's reply beats the reference's by the toy's rule; a tie counts half."""
-    scored = [(toy.score(s["prompt"], s["reply"]), toy.score(s["prompt"], s["reference_reply"])) for s in samples]
-    return estimate([0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored])
 
 
 def _finish(trainer, run: Run, **facts: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab.model import load_adapters
-from alignlab.monitor import Samples
+from alignlab.monitor import Guard
 from alignlab.packing import decide, share_prefixes
+from alignlab.samples import Samples
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class _Seams:
     """What both trainers need changed in TRL: resuming, exact held-out means, and metrics of our own."""
 
     samples: Samples | None = None
+    guard: Guard | None = None
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
@@ -48,14 +51,21 @@ class _Seams:
         else:
             super()._load_best_model()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A checkpoint outside the limits of a run that stops there is never the best one."""
+        return not (self.guard and self.guard.outside) and super()._determine_best_metric(metrics, trial)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """No card beside each checkpoint: it would call an unfinished model done."""
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Keeps each batch's size, so that a short last batch does not count as a full one in TRL's means."""
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        self._batch_sizes.append({name: self._total(count) for name, count in self._count(inputs).items()})
-        self._batch_losses.append(self.accelerator.gather(result[0].detach().float()).mean().item())
+        counts = self._count(inputs)
+        sizes = {name: self._total(count) for name, count in counts.items()}
+        weight = self._weight_of("loss")
+        self._batch_losses.append(self._total(result[0].detach().double() * counts[weight]) / sizes[weight])
+        self._batch_sizes.append(sizes)
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -64,12 +74,20 @@ class _Seams:
             for name, values in metrics.items():
                 if len(values) == len(self._batch_sizes):
                     metrics[name] = [_mean(values, [sizes[self._weight_of(name)] for sizes in self._batch_sizes])]
+            logs["eval_loss"] = _mean(
+                self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes]
+            )
             logs["eval_perplexity"] = self._perplexity()
+            logs |= self._errors()
             if self.samples:
                 logs |= self.samples.measure(self._unwrapped(), self.state.global_step, self.reference_context())
             self._batch_sizes.clear()
             self._batch_losses.clear()
         super().log(logs, start_time)
+
+    def _errors(self) -> dict[str, float]:
+        """Standard errors of held-out means, where they follow from the means alone."""
+        return {}
 
     def _total(self, count: torch.Tensor) -> int:
         return self.accelerator.gather(count).sum().item()
@@ -93,8 +111,7 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
         return "tokens"
 
     def _perplexity(self) -> float:
-        tokens = [sizes["tokens"] for sizes in self._batch_sizes]
-        return torch.tensor(_mean(self._batch_losses, tokens)).exp().item()
+        return math.exp(_mean(self._batch_losses, [sizes["tokens"] for sizes in self._batch_sizes]))
 
     def reference_context(self) -> None:
         return None
@@ -128,7 +145,7 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         }
 
     def _weight_of(self, metric: str) -> str:
-        if metric.startswith(PAIR_METRICS):
+        if metric == "loss" or metric.startswith(PAIR_METRICS):
             return "pairs"
         return "chosen" if metric in CHOSEN_METRICS else "rejected" if metric == "logits/rejected" else "tokens"
 
@@ -137,9 +154,14 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         pairs, tokens = (sum(sizes[name] for sizes in self._batch_sizes) for name in ("pairs", "chosen"))
         return torch.tensor(-self._metrics["eval"]["logps/chosen"][0] * pairs / tokens).exp().item()
 
+    def _errors(self) -> dict[str, float]:
+        accuracy = self._metrics["eval"]["rewards/accuracies"][0]
+        pairs = sum(sizes["pairs"] for sizes in self._batch_sizes)
+        return {"eval_rewards/accuracies_stderr": (accuracy * (1 - accuracy) / pairs) ** 0.5}
+
     def share_prefixes(self, setting: bool | str) -> bool:
         """Makes policy and reference compute each pair's prompt once, where the recipe and the model allow it."""
-        shared, why = decide(setting, self.model, self.accelerator.device)
+        shared, why = decide(setting, self.model, self.accelerator.device, self.aux_loss_enabled)
         log.info("%s", why)
         for model in (self.model, self.ref_model) if shared else ():
             if model is not None:
@@ -173,6 +195,19 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         policy = self._unwrapped()
         with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
             yield policy
+
+    @torch.no_grad()
+    def return_to_reference(self) -> None:
+        """Gives the policy the reference's weights: what is left when no checkpoint is worth keeping."""
+        policy = self._unwrapped()
+        if self.ref_model is not None:
+            policy.load_state_dict(self.accelerator.unwrap_model(self.ref_model).state_dict())
+            return
+        for name, weight in policy.named_parameters():
+            if ".default." in name and "ref" in policy.peft_config:
+                weight.copy_(policy.get_parameter(name.replace(".default.", ".ref.")))
+            elif ".lora_B.default." in name:  # the reference is the model without its adapter
+                weight.zero_()
 
     @torch.no_grad()
     def score_one(self, pair: Mapping[str, Any]) -> dict[str, float]:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import statistics
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from alignlab.errors import ModelError
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.measures import kl_per_reply
 from alignlab.monitor import (
     EvaluateAtEnd,
-    HeldOutPrompts,
     MetricsFile,
-    Samples,
     WeightsMove,
     WholeCheckpoints,
     check_reference,
@@ -27,33 +21,12 @@ from alignlab.monitor import (
 )
 from alignlab.run import Run, is_whole
 
-TEXTS = ["\n\nHuman: Hello!\n\nAssistant:", "a", "\n\nHuman: How do I grow beans?\n\nAssistant:"]
 LN2 = math.log(2)
-
-
-@pytest.fixture
-def prompts(tokenizer) -> HeldOutPrompts:
-    return HeldOutPrompts("validation", TEXTS, tokenizer(TEXTS)["input_ids"], max_new_tokens=10, seed=5)
-
-
-@pytest.fixture
-def samples(prompts, tokenizer, tmp_path) -> Samples:
-    return Samples(Run(tmp_path), tokenizer, prompts)
 
 
 @pytest.fixture
 def args(tmp_path) -> TrainingArguments:
     return TrainingArguments(str(tmp_path / "checkpoints"), use_cpu=True, report_to=[])
-
-
-def as_reference(model=None):
-    """A context in which the policy itself (None) or another model answers as the reference."""
-
-    @contextlib.contextmanager
-    def context():
-        yield model
-
-    return context
 
 
 # --- the first step ---
@@ -143,65 +116,6 @@ def test_a_reference_with_the_sft_runs_log_probabilities_passes(found, exact):
 def test_a_reference_with_other_log_probabilities_is_refused(found, exact):
     with pytest.raises(ModelError, match=r"nats where the SFT run gave -100\.00: it is not the SFT model"):
         check_reference([-50.0, found], [-50.0, -100.0], exact)
-
-
-# --- samples ---
-
-
-def test_kl_of_a_policy_that_is_the_reference_is_exactly_zero(samples, load):
-    model = load("llama")
-    metrics = samples.measure(model, 0, as_reference())
-    assert (metrics["eval_kl"], metrics["eval_kl_stderr"], metrics["eval_kl_per_token"]) == (0.0, 0.0, 0.0)
-    assert [row["kl"] for row in samples.run.samples()] == [0.0] * 3
-    assert all(row["reply"] == row["reference_reply"] for row in samples.run.samples())
-
-
-def test_kl_is_measured_on_replies_of_the_policy(samples, prompts, load, tokenizer):
-    policy, reference = load("llama"), load("mistral")
-    metrics = samples.measure(policy, 7, as_reference(reference))
-    replies = sample_replies(policy, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
-    kl = []
-    with torch.no_grad():
-        for prompt, reply in zip(prompts.ids, replies, strict=True):
-            ours, _, mask = reply_logits(policy, [prompt], [reply.ids], 0)
-            theirs, _, _ = reply_logits(reference, [prompt], [reply.ids], 0)
-            kl.append(kl_per_reply(ours, theirs, mask).item())
-    assert metrics["eval_kl"] == pytest.approx(statistics.mean(kl), rel=1e-4) and metrics["eval_kl"] > 1
-    assert metrics["eval_kl_stderr"] == pytest.approx(statistics.stdev(kl) / 3**0.5, rel=1e-3)
-    tokens = [len(reply.ids) for reply in replies]
-    assert metrics["eval_kl_per_token"] == pytest.approx(sum(kl) / sum(tokens), rel=1e-4)
-    assert metrics["eval_reply_tokens"] == pytest.approx(statistics.mean(tokens))
-    assert metrics["eval_eos_rate"] == pytest.approx(statistics.mean(reply.ended for reply in replies))
-
-
-def test_samples_are_written_with_both_replies_a_prompt(samples, prompts, load, tokenizer):
-    policy, reference = load("llama"), load("gpt2")
-    samples.measure(policy, 7, as_reference(reference))
-    rows = samples.run.samples()
-    ours, theirs = (
-        sample_replies(model, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
-        for model in (policy, reference)
-    )
-    assert [(row["step"], row["split"], row["prompt"]) for row in rows] == [(7, "validation", text) for text in TEXTS]
-    assert [row["reply"] for row in rows] == [reply.text for reply in ours]
-    assert [row["reference_reply"] for row in rows] == [reply.text for reply in theirs]
-    assert [(row["tokens"], row["ended"]) for row in rows] == [(len(reply.ids), reply.ended) for reply in ours]
-
-
-def test_samples_do_not_depend_on_what_was_drawn_before(samples, load):
-    model = load("llama").train()
-    first = samples.measure(model, 0, as_reference(load("mistral")))
-    torch.rand(11)
-    assert samples.measure(model, 1, as_reference(load("mistral"))) == first
-    assert model.training
-    before, after = samples.run.samples()[:3], samples.run.samples()[3:]
-    assert [row | {"step": 1} for row in before] == after
-
-
-def test_without_a_reference_there_is_no_kl(samples, load):
-    metrics = samples.measure(load("llama"), 0, None)
-    assert set(metrics) == {"eval_reply_tokens", "eval_eos_rate"}
-    assert set(samples.run.samples()[0]) == {"step", "split", "prompt", "reply", "tokens", "ended"}
 
 
 # --- wandb ---

@@ -49,6 +49,31 @@ def test_with_shuffled_labels_both_vanish(tmp_path):
     assert abs(test["rewards/margins"]["mean"]) < 0.15
 
 
+HOT = [
+    "dpo.loss_type=sigmoid",
+    "dpo.learning_rate=3e-3",
+    "dpo.eval_steps=10",
+    "monitor.patience=null",
+    "monitor.max_kl=10",
+]
+
+
+def test_a_run_that_collapses_is_stopped_with_a_checkpoint_that_has_not(tmp_path):
+    """Six times tiny's learning rate, without the SFT term: let run, KL passes 50 nats with accuracy above 0.9.
+
+    Stopped by the guard, the same run keeps a checkpoint below the limit whose replies win by the toy's rule.
+    """
+    free = train_dpo(load_recipe("tiny", HOT), root=tmp_path, name="free").manifest
+    show("collapsed", free["test"])
+    assert free["test"]["kl"] > 50 and free["test"]["rewards/accuracies"]["mean"] > 0.9
+    assert free["test"]["win_rate"]["mean"] < 0.5
+    assert "kl" in [warning["guard"] for warning in free["warnings"]]
+    stopped = train_dpo(load_recipe("tiny", [*HOT, "monitor.action=stop"]), root=tmp_path, name="stopped").manifest
+    show("stopped", stopped["test"])
+    assert "kept the best checkpoint inside the limits" in stopped["stop_reason"]
+    assert stopped["test"]["kl"] < 10 and stopped["test"]["win_rate"]["mean"] > 0.5
+
+
 @pytest.mark.parametrize("base", ["stories260K", "fresh"])
 def test_real_dialogues_train_a_real_model(base, shared: Path, folders, tmp_path):
     """SFT and DPO on helpful-base: finite losses, and a held-out margin above zero.

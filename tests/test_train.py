@@ -116,6 +116,46 @@ def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(run.model).dtype == torch.float32
 
 
+@pytest.mark.parametrize("how", ["model.lora.r=4", "model.lora=null", "model.reference=base"])
+def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, recipe, tmp_path):
+    """A KL limit that the first step passes: the run ends at its first evaluation, with what it is compared with."""
+    run = train_dpo(recipe("llama", how, "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
+    manifest = run.manifest
+    assert manifest["status"] == "finished" and (manifest["steps"], manifest["best_step"]) == (3, 0)
+    assert manifest["stop_reason"].startswith("stopped at step 3: the policy is")
+    assert manifest["stop_reason"].endswith("no checkpoint was inside the limits, so the reference itself is kept")
+    (warning,) = [w for w in manifest["warnings"] if w["guard"] == "kl"]
+    assert warning["step"] == 3 and "dpo.beta" in warning["message"]
+    assert manifest["test"]["kl"] == 0 and manifest["test"]["rewards/margins"]["mean"] == pytest.approx(0, abs=1e-5)
+    if how != "model.reference=base":
+        assert weights_of(run) == weights_of(Run(Path(manifest["parent"]["run"])))
+
+
+def weights_of(run: Run) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(run.model.glob("*.safetensors"))]
+
+
+def test_a_run_that_only_warns_goes_on_and_says_each_thing_once(recipe, tmp_path):
+    run = train_dpo(recipe("llama", "monitor.max_kl=1e-7"), root=tmp_path)
+    assert run.manifest["steps"] == 6 and run.manifest["best_step"] in (3, 6)
+    assert [w["guard"] for w in run.manifest["warnings"]].count("kl") == 1
+    assert run.manifest["limits"] == {"max_kl": 1e-7, "max_accuracy": 0.95, "action": "warn"}
+
+
+def test_the_best_checkpoint_is_chosen_among_those_inside_the_limits(recipe, tmp_path):
+    """Between the KL of the first evaluation and that of the second: the first is kept, and training ends."""
+    free = train_dpo(recipe("llama"), root=tmp_path, name="free")
+    first, second = (row["eval/kl"] for row in free.metrics() if row.get("eval/kl"))
+    assert first < second
+    limit = f"monitor.max_kl={(first + second) / 2:.6f}"
+    run = train_dpo(recipe("llama", limit, "monitor.action=stop", "dpo.max_steps=6"), root=tmp_path, name="stopped")
+    kl = [row for row in run.metrics() if "eval/kl" in row]
+    if kl[-1]["eval/kl"] - 2 * kl[-1]["eval/kl_stderr"] > (first + second) / 2:  # beyond the noise of four replies
+        assert run.manifest["best_step"] == 3 and "inside the limits, step 3" in run.manifest["stop_reason"]
+    else:
+        assert "stopped at" not in run.manifest["stop_reason"]
+
+
 def test_the_adapter_stays_in_float32_under_bfloat16(recipe, tmp_path):
     from safetensors.torch import load_file
 
