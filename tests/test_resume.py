@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import alignlab, kill_when, same, wait_until, weights
 
 from alignlab.run import Run, last_whole_checkpoint, opened, read_lines
 
@@ -22,7 +22,6 @@ sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 2, eval_steps: 2}}
 dpo: {{max_steps: 12, learning_rate: 1.0e-3, logging_steps: 2, eval_steps: 4}}
 monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
 """
-TIMES = {"time", "eval/runtime", "eval/samples_per_second", "eval/steps_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -36,44 +35,6 @@ def workplace(folders, tmp_path_factory) -> Path:
     done = alignlab(folder, "dpo", "plain", "--run", "whole")
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def alignlab(folder: Path, *arguments: str, wait: bool = True, **environment: str):
-    command = [sys.executable, "-m", "alignlab", *arguments]
-    env = {**os.environ, **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder, "env": env}
-    return subprocess.run(command, **pipes) if wait else subprocess.Popen(command, **pipes)
-
-
-def kill_when(process: subprocess.Popen, moment) -> None:
-    """Kills the process as soon as `moment()` holds."""
-    wait_until(process, moment)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def wait_until(process: subprocess.Popen, moment) -> None:
-    deadline = time.time() + 120
-    while not moment():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline
-        time.sleep(0.01)
-
-
-def weights(run: Run) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in run.model.glob("*.safetensors")}
-
-
-def timeless(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def same(one: Run, other: Run) -> None:
-    """Equal weights, bit for bit, and equal rows but for times."""
-    assert weights(one) == weights(other)
-    assert timeless(one.metrics()) == timeless(other.metrics())
-    assert one.samples() == other.samples()
-    assert one.manifest["test"] == other.manifest["test"]
 
 
 def test_killed_and_resumed_is_the_run_that_was_never_killed(workplace):

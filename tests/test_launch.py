@@ -1,0 +1,208 @@
+"""Several processes: what two CPU ranks make of a recipe, and launches that are not what was asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import alignlab, same, wait_until
+
+from alignlab import launch
+from alignlab.errors import MachineError, RunError
+from alignlab.recipe import load_recipe
+from alignlab.run import Run, read_lines
+
+COMPARED = {"train/loss", "eval/loss", "eval/kl", "eval/rewards/margins", "eval/reply_tokens"}
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+RECIPE = """
+about: a run of seconds
+data: {{source: toy, max_prompt_tokens: 56, max_reply_tokens: 72, toy: {{pairs: 128}}}}
+model: {{name: {model}, dtype: float32, load_in_4bit: {quantized}, lora: {{r: 4, target_modules: all-linear}}}}
+sft:
+  max_steps: 4
+  learning_rate: 1.0e-2
+  logging_steps: 2
+  eval_steps: 2
+  per_device_train_batch_size: {batch}
+  per_device_eval_batch_size: 13
+dpo:
+  max_steps: 8
+  learning_rate: 1.0e-3
+  logging_steps: 2
+  eval_steps: 4
+  per_device_train_batch_size: {batch}
+  per_device_eval_batch_size: 13
+monitor: {{kl: {{prompts: 5, max_new_tokens: 8, batch_size: 2}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(folders, tmp_path_factory) -> Path:
+    """A folder with recipes for one rank (8 rows a step) and for two ranks (4 rows each), plain and in 4-bit."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "recipes").mkdir()
+    for quantized in ("plain", "quantized"):
+        for ranks in (1, 2):
+            facts = {"model": folders["llama"], "quantized": str(quantized == "quantized").lower(), "batch": 8 // ranks}
+            (folder / "recipes" / f"{quantized}{ranks}.yaml").write_text(RECIPE.format(**facts))
+    return folder
+
+
+def on_two_ranks(folder: Path, *arguments: str, **how):
+    return alignlab(folder, *arguments, "--launch", str(CONFIGS / "two-cpu.yaml"), **how)
+
+
+def test_sft_and_dpo_on_two_ranks_are_those_on_one(workplace):
+    """Two ranks of 4 rows see the rows of one rank of 8: equal losses, samples and KL, each written once.
+
+    At most one epoch, and 52 held-out pairs in batches of 13: no rank is short of a row, so none is counted twice.
+    """
+    assert_two_are_one(workplace, "plain", within=1e-3)
+
+
+def test_4bit_dpo_on_two_ranks_is_that_on_one(workplace):
+    assert_two_are_one(workplace, "quantized", within=1e-2)
+
+
+def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
+    assert (done := alignlab(workplace, "dpo", f"{name}1")).returncode == 0, done.stderr
+    for stage in ("sft", "dpo"):
+        assert (done := on_two_ranks(workplace, stage, f"{name}2")).returncode == 0, done.stderr
+        one, two = (Run(workplace / f"runs/{name}{ranks}/{stage}") for ranks in (1, 2))
+        assert (one.manifest["world_size"], two.manifest["world_size"]) == (1, 2)
+        assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
+        for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
+            for key in COMPARED & ours.keys():
+                assert theirs[key] == pytest.approx(ours[key], rel=within, abs=1e-6), (stage, ours["step"], key)
+        samples = [[{k: v for k, v in row.items() if k != "kl"} for row in run.samples()] for run in (one, two)]
+        assert samples[0] == samples[1]
+
+
+def test_killed_on_two_ranks_and_resumed_is_the_run_that_was_never_killed(workplace):
+    whole, killed = Run(workplace / "runs/plain2/dpo"), Run(workplace / "runs/plain2/killed")
+    for stage in ("sft", "dpo"):
+        assert on_two_ranks(workplace, stage, "plain2").returncode == 0
+    process = on_two_ranks(workplace, "dpo", "plain2", "--run", "killed", wait=False)
+    wait_until(process, lambda: any(row["step"] > 4 for row in read_lines(killed.metrics_file)))
+    subprocess.run(["pkill", "-KILL", "-f", "--", "--run killed"], check=True)  # torch gives each rank a session
+    process.wait()
+    resumed = on_two_ranks(workplace, "dpo", "plain2", "--run", "killed")
+    assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
+    same(killed, whole)
+
+
+def test_a_typo_is_one_line_and_starts_nothing(workplace):
+    done = on_two_ranks(workplace, "dpo", "plain2", "dpo.betta=1")
+    assert done.returncode == 2 and done.stderr.count("did you mean") == 1 and len(done.stderr.splitlines()) == 1
+
+
+def test_wrong_keys_and_a_wrong_world_are_errors_under_accelerate_itself(workplace):
+    """Without a launch file accelerate starts one CPU process for two, and says nothing; alignlab does."""
+    beside = Path(sys.executable).parent
+    accelerate = [str(beside / "accelerate"), "launch", "--cpu", "--num_processes", "2", "-m", "alignlab"]
+    env = {**os.environ, "PATH": f"{beside}:{os.environ['PATH']}"}
+    for words, said in ((["dpo.betta=1"], "did you mean 'beta'"), ([], "asked for 2 processes and started 1")):
+        done = subprocess.run(
+            [*accelerate, "sft", "plain2", *words], capture_output=True, text=True, cwd=workplace, env=env
+        )
+        assert done.returncode != 0 and said in done.stderr, done.stderr
+
+
+def test_hosts_with_different_recipes_are_refused(workplace, tmp_path):
+    """Two ranks that meet over the network, each in a folder of its own."""
+    (tmp_path / "recipes").mkdir()
+    text = (workplace / "recipes/plain2.yaml").read_text()
+    (tmp_path / "recipes/plain2.yaml").write_text(text.replace("learning_rate: 1.0e-2", "learning_rate: 2.0e-2"))
+    meet = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    meet |= {"MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
+    hosts = [
+        alignlab(folder, "sft", "plain2", "--run", "hosts", wait=False, RANK=str(rank), **meet)
+        for rank, folder in enumerate((workplace, tmp_path))
+    ]
+    said = [host.communicate(timeout=180)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [2, 2], said
+    assert "rank 1 has another recipe than rank 0" in said[0] and "0.02" in said[0]
+
+
+# --- without starting anything ---
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_launch_file_is_one_that_accelerate_reads(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert launch.read_config(file)["num_processes"] == config.num_processes >= 1
+    assert file.read_text().startswith("# ")  # when to use it
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: {name: x}\n", "it has no distributed_type"),
+        ("distributed_type: MULTI_GPU\nmodel: x\n", "model are no keys of it"),
+        ("a: [", "is not YAML"),
+        ("- 1\n", "no accelerate config"),
+    ],
+)
+def test_a_file_that_is_no_launch_file_is_refused(text, said, tmp_path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(MachineError, match=said) as e:
+        launch.read_config(tmp_path / "x.yaml")
+    assert "\n" not in str(e.value)
+
+
+def test_a_launch_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(MachineError, match="there is no launch file"):
+        launch.read_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "zero2.yaml"])
+def test_4bit_with_sharded_weights_is_refused_with_what_works(file):
+    section = load_recipe("mistral").model
+    with pytest.raises(MachineError, match=r"ddp\.yaml"):
+        launch.launch(CONFIGS / file, section, ["dpo", "mistral"])
+    launch.refuse_sharded_4bit(load_recipe("mistral", ["model.load_in_4bit=false"]).model, "FSDP")
+
+
+def test_4bit_in_a_process_that_accelerate_shards_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(MachineError, match=r"ddp\.yaml"):
+        launch.refuse_sharded_4bit(load_recipe("mistral").model)
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("python -m pytest", None),
+        ("/bin/accelerate launch --num_processes 3 -m alignlab dpo tiny", 3),
+        (f"python /bin/accelerate launch --config_file {CONFIGS}/two-cpu.yaml -m alignlab dpo tiny", 2),
+        (f"accelerate-launch --config_file {CONFIGS}/hosts.yaml -m alignlab dpo tiny", 16),
+        (f"accelerate launch --config_file {CONFIGS}/hosts.yaml --num_processes 4 -m alignlab dpo tiny", 4),
+    ],
+)
+def test_what_was_asked_of_accelerate_is_read_from_its_command_line(command, asked):
+    assert launch.asked_by(command.split()) == asked
+
+
+def test_fewer_processes_than_asked_for_are_refused(monkeypatch):
+    monkeypatch.setenv(launch.ASKED, "4")
+    launch.check_world(4)
+    with pytest.raises(MachineError, match="asked for 4 processes and started 1"):
+        launch.check_world(1)
+
+
+def test_srun_that_starts_runs_of_their_own_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    launch.check_world(4)
+    with pytest.raises(MachineError, match="srun started 4 tasks"):
+        launch.check_world(1)
+
+
+def test_the_rank_whose_recipe_differs_is_named():
+    launch.refuse_different_recipes(["a: 1\nb: 2\n"] * 3)
+    with pytest.raises(RunError, match=r"rank 2 has another recipe than rank 0 \('b: 2' against 'b: 3'\)"):
+        launch.refuse_different_recipes(["a: 1\nb: 2\n", "a: 1\nb: 2\n", "a: 1\nb: 3\n"])
