@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from alignlab.data import BATCH_ROWS, Prepared
-from alignlab.ledger import SPLITS
+from alignlab.data import Prepared
+from alignlab.preparation import BATCH_ROWS
 from alignlab.recipe import DataSection
+from alignlab.splits import SPLITS
 
 if TYPE_CHECKING:
     import numpy
@@ -26,11 +27,12 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
     """The prepared data in numbers that JSON can hold; lengths are in tokens, replies with their EOS."""
     lengths = {name: _lengths(prepared, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
     return {
-        "source": section.source,
+        "source": section.source or ", ".join(dict.fromkeys(part["source"] or "empty" for part in prepared.parts)),
         "path": section.path,
         "subset": section.subset,
         "format": section.format,
         "rows": prepared.rows,
+        "parts": [dict(part) for part in prepared.parts],
         "kept": sum(prepared.kept.values()),
         "splits": dict(prepared.kept),
         "dropped": dict(prepared.dropped),
@@ -48,12 +50,14 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
 def render(description: Mapping[str, Any]) -> str:
     """A description as text for a terminal."""
     bias, overlap = description["length_bias"], description["overlap"]
-    where = " ".join(filter(None, (description["path"], description["subset"])))
+    paths = description["path"] if isinstance(description["path"], list) else [description["path"]]
+    where = " ".join(filter(None, (*paths, description["subset"])))
     lines = [
         f"{description['source']}  {where}  as {description['format']}",
         f"rows read       {description['rows']:>9,}",
         f"pairs kept      {description['kept']:>9,}   "
         + ", ".join(f"{split} {description['splits'][split]:,}" for split in SPLITS),
+        *_parts(description["parts"]),
         *_counts("rows dropped", description["dropped"]),
         *_counts("repaired", description["repaired"]),
         "",
@@ -131,6 +135,14 @@ def _examples(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> list[di
         whole = {name: tokenizer.decode(pair["prompt_ids"] + pair[f"{name}_ids"]) for name in ("chosen", "rejected")}
         examples.append({"prompt": prompt, **{name: text.removeprefix(prompt) for name, text in whole.items()}})
     return examples
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a path, where there are several."""
+    if len(parts) < 2:
+        return []
+    line = "  {rows:>9,} rows, {kept:,} kept, {dropped:,} dropped  {path} as {source}"
+    return [line.format(**part) for part in parts]
 
 
 def _counts(title: str, counts: Mapping[str, int]) -> list[str]:

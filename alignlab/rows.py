@@ -1,4 +1,4 @@
-"""Raw rows from the hub, a folder or a file, one at a time, each with the file and line it came from.
+"""Where a recipe's raw rows come from: the hub, folders and files, each a part with the split that it stands for.
 
 A folder or hub dataset may bring its own splits: names that begin with `data.split`, `data.test_split` or "validation"
 (`train-00000-of-00002.parquet`, `test.jsonl.gz`). A single file brings none.
@@ -7,58 +7,75 @@ A folder or hub dataset may bring its own splits: names that begin with `data.sp
 from __future__ import annotations
 
 import difflib
-import gzip
-import json
 import logging
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from alignlab.errors import DataError, MachineError, RecipeError
+from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
 from alignlab.recipe import DataSection
 
 log = logging.getLogger(__name__)
 
-PARQUET_ROWS = 1000  # read at a time
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}  # what `datasets` writes beside the rows
+_SPLIT_FIELDS = {"valid1": "validation", "valid2": "test"}  # of rows: summarize-from-feedback's names
+_READ_BYTES = 2**22
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One raw row; `line` is the line of a text file, or the row's number in a table, both from 1."""
-
-    fields: dict[str, Any]
-    file: str
-    line: int
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Rows that share a split; `split` is none where the rows are still to be carved."""
 
+    path: str  # as the recipe has it
+    name: str  # of the file or table, as dropped rows name it
     split: str | None
     rows: Callable[[], Iterator[Row]]
+    digest: Callable[[], str]  # of the content
+    brought: frozenset[str] = frozenset()  # the splits that its path brings
+    source: str | None = None  # what its rows mean
 
 
 def find_parts(section: DataSection) -> list[Part]:
     """Where a recipe's rows come from: test rows first, then validation, then the rest."""
     if section.source == "toy":
-        return [Part(None, lambda: _toy_rows(section))]
-    if section.path is None:
-        raise RecipeError(f"data.path is not set: data.source={section.source} needs a hub id, a folder or a file")
-    path = Path(section.path).expanduser()
+        return [Part("toy", "toy", None, lambda: _toy_rows(section), lambda: "toy", source="toy")]
+    if not section.path:
+        raise RecipeError("data.path is not set: it needs a hub id, a folder or a file")
+    paths = [section.path] if isinstance(section.path, str) else section.path
+    order = ["test", "validation", None]
+    return sorted(
+        (part for path in paths for part in _parts_of(path, section)), key=lambda part: order.index(part.split)
+    )
+
+
+def _parts_of(written: str, section: DataSection) -> list[Part]:
+    path = Path(written).expanduser()
     if path.is_dir():
         files = {str(file.relative_to(path)): file for file in _folder_files(path, section)}
-        return _parts(files, read_file, section)
+        return _parts(written, {name: _file_part(written, file) for name, file in files.items()}, section)
     if path.exists():
         if section.subset:
             log.warning("data.subset=%s is not used: data.path names one file", section.subset)
-        return [Part(None, lambda: read_file(path))]
-    _refuse_missing_path(path, section.path)
-    return _parts(_load_hub(section), lambda table: _table_rows(table, section.path), section)
+        return [_file_part(written, path)]
+    _refuse_missing_path(path, written)
+    tables = _load_hub(written, section.subset)
+    return _parts(written, {name: _table_part(written, table) for name, table in tables.items()}, section)
+
+
+def _file_part(written: str, file: Path) -> Part:
+    return Part(written, str(file), None, lambda: read_file(file), lambda: hash_content(file))
+
+
+def _table_part(written: str, table: Any) -> Part:
+    files = [Path(file["filename"]) for file in table.cache_files]
+    digest = lambda: "".join(map(hash_content, files)) or table._fingerprint
+    name = f"{written}/{table.split}"
+    return Part(written, name, None, lambda: _table_rows(table, name), digest)
 
 
 def _toy_rows(section: DataSection) -> Iterator[Row]:
@@ -66,6 +83,18 @@ def _toy_rows(section: DataSection) -> Iterator[Row]:
 
     for line, fields in enumerate(toy.rows(section.toy), 1):
         yield Row(fields, "toy", line)
+
+
+def hash_content(file: Path) -> str:
+    """xxh3 of a file's bytes, at the speed of the disk."""
+    content = xxhash.xxh3_128()
+    try:
+        with file.open("rb") as stream:
+            while piece := stream.read(_READ_BYTES):
+                content.update(piece)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return content.hexdigest()
 
 
 # Which split
@@ -77,24 +106,25 @@ def split_named(name: str, section: DataSection) -> str | None:
     for split, beginning in names.items():
         if beginning and re.match(re.escape(beginning) + r"(?![A-Za-z_])", name):
             return split
-    return None
+    return _SPLIT_FIELDS.get(name)
 
 
-def _parts(named: dict[str, Any], read: Callable[[Any], Iterator[Row]], section: DataSection) -> list[Part]:
+def _parts(written: str, named: dict[str, Part], section: DataSection) -> list[Part]:
     splits = {name: split_named(Path(name).name, section) for name in sorted(named)}
     wanted = "train" if "train" in splits.values() else None  # without a train split, what has no name is carved
     chosen = {name: split for name, split in splits.items() if split in ("test", "validation", wanted)}
     if wanted not in chosen.values():
         raise DataError(
-            f"{section.path}: no split {section.split!r} among {_listing(splits)}; set data.split to one of them"
+            f"{written}: no split {section.split!r} among {_listing(splits)}; set data.split to one of them"
             f" (and data.test_split=null where that is the test split)"
         )
     if left_out := splits.keys() - chosen.keys():
-        log.info("%s: not read, being of another split: %s", section.path, ", ".join(sorted(left_out)))
-    order = ["test", "validation", wanted]
+        log.info("%s: not read, being of another split: %s", written, ", ".join(sorted(left_out)))
+    brought = frozenset(chosen.values()) & {"test", "validation"}
     return [
-        Part(None if split == wanted else split, lambda name=name: read(named[name]))
-        for name, split in sorted(chosen.items(), key=lambda item: order.index(item[1]))
+        Part(part.path, part.name, None if split == wanted else split, part.rows, part.digest, brought)
+        for name, split in chosen.items()
+        if (part := named[name])
     ]
 
 
@@ -109,7 +139,7 @@ def _listing(names: Any) -> str:
 def _folder_files(folder: Path, section: DataSection) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if _is_data(file.relative_to(folder)) and file.is_file())
     if not files:
-        raise DataError(f"{folder}: no {', '.join('*' + suffix for suffix in READERS)} file in this folder")
+        raise DataError(f"{folder}: no {', '.join('*' + kind for kind in READERS)} file in this folder")
     if not section.subset or folder.name == section.subset:
         return files
     inside = [file for file in files if _in_subset(file.relative_to(folder), section.subset)]
@@ -129,16 +159,12 @@ def _in_subset(file: Path, subset: str) -> bool:
 
 def _is_data(file: Path) -> bool:
     hidden = any(part.startswith(".") for part in file.parts)
-    return not hidden and file.name not in _NOT_DATA and _suffix(file) in READERS
-
-
-def _suffix(file: Path) -> str:
-    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+    return not hidden and file.name not in _NOT_DATA and suffix(file) in READERS
 
 
 def _refuse_missing_path(path: Path, written: str) -> None:
     """Raises where a path that is not there can be no hub id (`namespace/name`) either."""
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", written) and _suffix(path) not in READERS
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", written) and suffix(path) not in READERS
     if is_hub_id and not (path.parent.name and path.parent.is_dir()):
         return
     there = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -147,108 +173,41 @@ def _refuse_missing_path(path: Path, written: str) -> None:
     raise DataError(f"{written}: no such file or folder; {hint}")
 
 
-# Files
-
-
-def read_file(file: Path) -> Iterator[Row]:
-    """The rows of one file, read as they are asked for."""
-    reader = READERS.get(_suffix(file))
-    if reader is None:
-        raise DataError(f"{file}: not a kind of file that is read here ({', '.join(READERS)})")
-    for line, fields in reader(file):
-        if not isinstance(fields, dict):
-            raise DataError(f"{file}:{line}: a row must be a JSON object, not {json.dumps(fields)[:40]}")
-        yield Row(fields, str(file), line)
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}:{number}: not JSON ({error}); mend or remove this line") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{file}:{number + 1}: the gzip stream is damaged or cut short ({error}); fetch it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-
-
-def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
-    """A file of one JSON array, or of JSON lines under this name; an array is held in memory as text."""
-    with file.open("rb") as lines:
-        start = lines.read(1000).lstrip()
-    yield from _read_array(file) if start.startswith(b"[") else _read_lines(file)
-
-
-def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
-    line, position = 1, 0
-    try:
-        text = file.read_text(encoding="utf-8")
-        decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[]*")
-        while True:
-            start = gap.match(text, position).end()
-            line += text.count("\n", position, start)
-            if text.startswith("]", start):
-                return
-            row, position = decode(text, start)
-            yield line, row
-            line += text.count("\n", start, position)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", line)
-        raise DataError(f"{file}:{line}: not JSON ({error}); mend the file") from error
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
-            for number, fields in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  goes on counting
-                yield number, fields
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a whole parquet file ({str(error).splitlines()[0]}); fetch it again") from error
-
-
-READERS = {".jsonl": _read_lines, ".jsonl.gz": _read_lines, ".json": _read_json, ".parquet": _read_parquet}
-
-
 # Hub
 
 
-def _load_hub(section: DataSection) -> dict[str, Any]:
+def _load_hub(name: str, subset: str | None) -> dict[str, Any]:
     """The splits of a hub dataset, downloaded or from the hub's cache."""
     import datasets
 
     local = "or download it elsewhere and point data.path at the folder"
     try:
-        return dict(datasets.load_dataset(section.path, data_dir=section.subset))
+        return dict(datasets.load_dataset(name, data_dir=subset))
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise MachineError(
-                f"{section.path}: a gated dataset; ask for access on its page and log in (hf auth login), {local}"
+                f"{name}: a gated dataset; ask for access on its page and log in (hf auth login), {local}"
             ) from error
         raise DataError(
-            f"{section.path}: neither a file or folder here nor a dataset on the hub (a private one needs"
+            f"{name}: neither a file or folder here nor a dataset on the hub (a private one needs"
             " `hf auth login`); check data.path"
         ) from error
     except (ConnectionError, TimeoutError) as error:
         raise MachineError(
-            f"{section.path}: no such file or folder here, and the hub cannot be reached"
+            f"{name}: no such file or folder here, and the hub cannot be reached"
             f" ({str(error).splitlines()[0]}); connect, {local}"
         ) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{section.path}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{name}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from error
 
 
 def _table_rows(table: Any, name: str) -> Iterator[Row]:
     line = 0
-    for batch in table.with_format("arrow").iter(PARQUET_ROWS):
+    for batch in table.with_format("arrow").iter(TABLE_ROWS):
         for line, fields in enumerate(batch.to_pylist(), line + 1):  # noqa: B020  goes on counting
-            yield Row(fields, f"{name}/{table.split}", line)
+            yield Row(fields, name, line)
+
+
+def names_of(parts: Sequence[Part]) -> str:
+    """The paths that parts are of, for a line of log."""
+    return ", ".join(dict.fromkeys(part.path for part in parts))

@@ -91,9 +91,9 @@ def split_pair(chosen: str, rejected: str) -> Pair:
     return Pair(prompt, chosen_reply, rejected_reply)
 
 
-def check_replies(chosen: str, rejected: str) -> None:
-    """Raises `DataError` where two replies hold no preference: one is empty, or they are the same."""
-    if not chosen.strip() or not rejected.strip():
+def check_replies(chosen: str, rejected: str | None) -> None:
+    """Raises `DataError` where a reply is empty, or two replies hold no preference, being the same."""
+    if not chosen.strip() or not (rejected is None or rejected.strip()):
         raise DataError("a reply is empty")
     if chosen == rejected:
         raise DataError("the two replies are identical")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignlab.data import CUT, FOLDED, SHORTENED, prepare, sft_rows, write_pairs
+from alignlab import preparation
+from alignlab.data import prepare, sft_rows, write_pairs
 from alignlab.describe import describe, render
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
-from alignlab.ledger import SPLITS
+from alignlab.pairing import CUT, FOLDED, SHORTENED
 from alignlab.recipe import DataSection, ToySection
 from alignlab.sources import plain_pairs
+from alignlab.splits import SPLITS
 
 SHARED = Path(__file__).parents[2] / "shared"
 HH = SHARED / "data" / "hh-rlhf"
@@ -345,7 +348,7 @@ def test_pairs_as_text_or_messages_read_the_same(tmp_path, words, row):
 )
 def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, reason):
     with pytest.raises(DataError, match=reason):
-        plain_pairs({"prompt": prompt, "chosen": "a", "rejected": "b"})
+        list(plain_pairs({"prompt": prompt, "chosen": "a", "rejected": "b"}, DataSection()))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +365,7 @@ def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, rea
 )
 def test_replies_that_answer_no_common_prompt_are_refused_with_the_reason(row, reason):
     with pytest.raises(DataError, match=reason):
-        plain_pairs(row)
+        list(plain_pairs(row, DataSection()))
 
 
 def test_a_reply_that_would_read_as_further_turns_is_dropped(tmp_path, words):
@@ -482,7 +485,7 @@ def test_dropped_rows_name_their_file_and_line(tmp_path, words):
         ("rows.jsonl", b'{"chosen": "a"}\n\xff\n', r"rows.jsonl:2: not JSON"),
         ("rows.jsonl", b"[1]\n", r"rows.jsonl:1: a row must be a JSON object, not \[1\]"),
         ("rows.json", b'[\n{"chosen": "a"},\n{"cho', r"rows.json:3: not JSON"),
-        ("rows.jsonl.gz", gzip.compress(b'{"chosen": "a"}\n' * 9)[:-9], r"gz:\d+: the gzip stream is damaged"),
+        ("rows.jsonl.gz", gzip.compress(b'{"chosen": "a"}\n' * 9, mtime=0)[:-9], r"gz:\d+: the gzip stream is damaged"),
         ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz:1: the gzip stream is damaged"),
         ("rows.parquet", b"no parquet", r"rows.parquet: not a whole parquet file"),
         ("rows.jsonl", b"", r"rows.jsonl: no rows: the data is empty"),
@@ -608,3 +611,29 @@ def test_one_line_of_log_says_how_many_rows_were_kept(tmp_path, words, caplog):
     with caplog.at_level(logging.INFO, "alignlab.data"):
         prepare_rows(tmp_path, words, [hh_row("same", "a", "a")])
     assert "41 rows read: 40 kept, 1 dropped" in caplog.text
+
+
+def test_several_processes_prepare_what_one_does(tmp_path, words, monkeypatch):
+    rows = [hh_row(f"question {n % 900} of many", f"yes {n}", "no" if n % 50 else f"yes {n}") for n in range(3000)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(preparation, "BATCH_ROWS", 100)
+    found = []
+    for processes, serial in ((1, 0), (3, 200)):
+        monkeypatch.setattr(preparation, "_spare_processes", lambda processes=processes: processes)
+        monkeypatch.setattr(preparation, "SERIAL_ROWS", serial)
+        monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / f"cache{processes}"))
+        found.append(prepare(section(path), words))
+    one, several = found
+    assert one.fingerprint == several.fingerprint and one.dropped_rows.read_text() == several.dropped_rows.read_text()
+    assert several.dropped == {"the two replies are identical": 60} and several.rows == 3000
+
+
+def test_a_fault_in_the_middle_of_many_rows_ends_the_helping_processes(tmp_path, words, monkeypatch):
+    monkeypatch.setattr(preparation, "BATCH_ROWS", 10)
+    monkeypatch.setattr(preparation, "SERIAL_ROWS", 10)
+    monkeypatch.setattr(preparation, "_spare_processes", lambda: 2)
+    path = write_lines(tmp_path / "rows.jsonl", dialogues(500))
+    path.write_text(path.read_text() + "{cut")
+    with pytest.raises(DataError, match=r"rows.jsonl:501: not JSON"):
+        prepare(section(path), words)
+    assert not multiprocessing.active_children()
