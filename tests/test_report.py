@@ -1,0 +1,568 @@
+"""Pages from run directories: of any fate, harmless, self-contained, quick, and readable by everyone."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from alignlab import cli
+from alignlab import run as runs
+from alignlab.errors import RunError
+from alignlab.report import find_runs, last_run, report_line, write_comparison, write_report
+from alignlab.run import Run
+
+SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
+HOSTILE = (
+    f"{SCRIPT} \u202egnitirw\u202c \x00\x1b[31m \ud800 </div></article></section> {{{{ 7*7 }}}} &amp; "
+    + "w" * 3_000_000
+)
+THINGS = "tomatoes carrots beans onions peppers roses".split()
+
+
+def estimate(mean: float, stderr: float, n: int = 250) -> dict:
+    return {"mean": mean, "stderr": stderr, "n": n}
+
+
+TEST = {
+    "rewards/margins": estimate(0.62, 0.04),
+    "rewards/accuracies": estimate(0.91, 0.02),
+    "perplexity": 1.54,
+    "reference_perplexity": 1.48,
+    "kl": 0.53,
+    "kl_stderr": 0.04,
+    "win_rate": estimate(0.8, 0.044, 32),
+}
+FINISHED = {
+    "status": "finished",
+    "stop_reason": "all 40 steps done; best checkpoint at step 30",
+    "best_step": 30,
+    "steps": 40,
+    "world_size": 1,
+    "training_seconds": 3600.0,
+    "peak_memory_gib": 0.7,
+    "limits": {"max_kl": 20.0, "max_accuracy": 0.95, "action": "warn"},
+    "warnings": [],
+    "data": {
+        "rows": 100,
+        "kept": {"train": 80, "test": 10},
+        "dropped": {"empty reply": 10},
+        "repaired": {},
+        "fingerprint": "f1",
+    },
+    "test": TEST,
+}
+
+
+def metrics(steps: int, every: int = 10, evaluations: int = 4, seed: int = 0) -> list[dict]:
+    """Rows as a DPO run logs them, `steps` of training and some held-out ones: synthetic, in the real format."""
+    draw = random.Random(seed)
+    rows = []
+    for at in range(steps + 1):
+        step, rise, noise = at * every, 1 - math.exp(-3 * at / steps), lambda size: draw.gauss(0, size)
+        figures = {
+            "loss": 0.7 - 0.2 * rise + noise(0.02),
+            "rewards/chosen": -rise + noise(0.1),
+            "rewards/rejected": -2 * rise + noise(0.1),
+            "rewards/accuracies": 0.5 + 0.3 * rise + noise(0.02),
+            "rewards/margins": rise + noise(0.1),
+            "logps/chosen": -10 + noise(1),
+            "logps/rejected": -20 + noise(1),
+            "logits/chosen": -1.7 + noise(0.1),
+            "logits/rejected": -1.7 + noise(0.1),
+            "entropy": 0.5 + noise(0.1),
+            "mean_token_accuracy": 0.8 + noise(0.01),
+            "num_tokens": 1000.0 * step,
+        }
+        training = {"grad_norm": 1 + noise(0.1), "learning_rate": 5e-7 * (1 - at / steps), "epoch": step / 1000}
+        answers = {"kl": 3 * rise, "kl_stderr": 0.1, "reply_tokens": 25 + noise(1), "perplexity": 1.5 + 0.1 * rise}
+        when = {"step": step, "time": time.time()}
+        rows += [{**when, **{f"train/{n}": v for n, v in {**figures, **training}.items()}}] if at else []
+        if at % (steps // evaluations) == 0:
+            rows.append({**when, **{f"eval/{n}": v for n, v in {**figures, **answers}.items()}})
+    return rows
+
+
+def samples(reply: str = " Of course! Give them plenty of sun.") -> list[dict]:
+    its = {"step": 30, "split": "test", "tokens": 9, "ended": True, "kl": 0.5, "reference_reply": " Look it up."}
+    return [{**its, "prompt": f"\n\nHuman: How do I grow {thing}?\n\nAssistant:", "reply": reply} for thing in THINGS]
+
+
+def make(path: Path, rows=None, replies=None, beta: float = 0.1, source: str = "toy", **facts) -> Path:
+    """A DPO run directory, written by the functions that write real ones."""
+    consumed = {
+        "data": {"source": source},
+        "model": {"name": "toy", "reference": "sft"},
+        "dpo": {"beta": beta, "max_steps": 40},
+    }
+    with runs.opened(path, "dpo", consumed, f"about: x\nmodel:\n  name: toy\ndpo:\n  beta: {beta}\n") as run:
+        runs.write_lines(run.metrics_file, metrics(4) if rows is None else rows)
+        lines = (json.dumps(row) for row in (samples() if replies is None else replies))  # ASCII: lone surrogates too
+        run.samples_file.write_text("".join(f"{line}\n" for line in lines))
+        run.note(**{**FINISHED, **facts})
+    return path
+
+
+def make_sweep(folder: Path, names: Mapping[str, float], choice: str | None, **facts) -> Path:
+    members = [
+        {
+            "run": name,
+            "path": str(folder / name),
+            "settings": {"dpo.beta": beta},
+            "status": "finished",
+            "error": None,
+            "margin": estimate(1 + beta, 0.05),
+            "margin_over_beta": estimate((1 + beta) / beta, 0.5),
+            "accuracy": estimate(0.8, 0.02),
+            "kl": estimate(1 / beta, 0.2, 64),
+            "win_rate": estimate(0.7, 0.05, 32),
+            "perplexity_change": 0.012,
+        }
+        for name, beta in names.items()
+    ]
+    sweep = {
+        "recipe": "tiny",
+        "rule": "largest margin with KL below 10",
+        "max_kl": 10.0,
+        "choice": choice,
+        "why": "it is",
+    }
+    runs.write_json(folder / "sweep.json", {**sweep, "members": members, **facts})
+    return folder
+
+
+def facts_beside(page: Path) -> dict:
+    return json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+class Elements(HTMLParser):
+    """The elements of a page, with the text of each kind."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.said: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.said).split())
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- one run, whatever its fate ---
+
+
+def test_the_page_says_it_all_from_top_to_bottom(tmp_path):
+    text = Elements(write_report(make(tmp_path / "tiny" / "dpo"))).text
+    text = text[text.index("DPO is better than SFT") :]
+    order = [
+        "DPO is better than SFT",
+        "mark the step whose weights were kept",
+        "Reward margin",
+        "Base, SFT and DPO",
+        "Largest wins",
+        "A random draw",
+    ]
+    order += ["rows dropped", "10: empty reply 10", "kept weights", "CPU-hours", "The command that repeats it"]
+    order += ["recipe.yaml --run again", "The recipe", "beta: 0.1", "report.json"]
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+
+
+def test_the_json_holds_the_plotted_numbers(tmp_path):
+    page = write_report(make(tmp_path / "tiny" / "dpo"))
+    facts = facts_beside(page)
+    margin = facts["charts"][0]
+    assert margin["title"] == "Reward margin" and margin["series"][1]["metric"] == "eval/rewards/margins"
+    wanted = [round(row["eval/rewards/margins"], 4) for row in metrics(4) if "eval/loss" in row]
+    assert [round(point[1], 4) for point in margin["series"][1]["points"]] == wanted
+    assert all(f"<td>{point[1]}" in page.read_text() for point in margin["series"][1]["points"])
+    assert facts["verdict"] in Elements(page).text
+
+
+@pytest.mark.parametrize(
+    ("facts", "verdict"),
+    [
+        ({"status": "running", "stop_reason": None, "test": {}}, "Still running at step 40"),
+        (
+            {"status": "failed", "stop_reason": "RuntimeError: out of memory", "test": {}},
+            "Failed at step 40 of 40: RuntimeError",
+        ),
+        (
+            {"status": "stopped", "stop_reason": "interrupted at step 20", "steps": 20, "test": {}},
+            "Interrupted at step 20 of 40",
+        ),
+        (
+            {
+                "status": "stopped",
+                "stop_reason": "stopped at step 20: KL above 20",
+                "steps": 20,
+                "limits": {"max_kl": 20.0, "max_accuracy": None, "action": "stop"},
+                "warnings": [{"guard": "kl", "step": 20, "message": "the policy is far away; stop earlier"}],
+            },
+            "Stopped by a guard at step 20 of 40 (KL): DPO is better than SFT",
+        ),
+    ],
+)
+def test_a_run_of_any_fate_has_a_page(tmp_path, facts, verdict):
+    page = write_report(make(tmp_path / "tiny" / "dpo", **facts))
+    text = Elements(page).text
+    assert verdict in text and "Curves" in text
+    assert all(warning["message"] in text for warning in facts.get("warnings", []))
+
+
+def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path):
+    path = make(
+        tmp_path / "tiny" / "dpo",
+        rows=[],
+        replies=[],
+        status="failed",
+        stop_reason="ModelError: no such model",
+        test={},
+    )
+    Run(path).metrics_file.unlink()
+    text = Elements(write_report(path)).text
+    assert "Failed" in text and "ModelError: no such model" in text and "no replies were sampled" in text
+
+
+def test_a_bare_manifest_is_enough(tmp_path):
+    """What a run has in its first second."""
+    with runs.opened(tmp_path / "tiny" / "dpo", "dpo", {"dpo": {}}, "about: x\n"):
+        assert "Still running before the first logged step" in Elements(write_report(tmp_path / "tiny" / "dpo")).text
+
+
+def test_a_metrics_file_cut_off_by_a_crash_is_used_and_said(tmp_path):
+    path = make(tmp_path / "tiny" / "dpo", status="running")
+    with Run(path).metrics_file.open("ab") as file:
+        file.write(b'{"step": 50, "train/lo')
+    page = write_report(path)
+    assert "is cut off, by a crash or a write under way: used up to step 40" in Elements(page).text
+
+
+def test_a_moved_run_keeps_its_base_column(tmp_path):
+    """The SFT run is found beside the DPO run, wherever both were moved."""
+    make(tmp_path / "tiny" / "dpo", parent={"run": "runs/elsewhere/sft", "weights": "x"})
+    first = {"step": 0, "time": 1.0, "eval/loss": 1.9, "eval/perplexity": 7.095}
+    (tmp_path / "tiny" / "sft").mkdir()
+    runs.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
+    moved = shutil.move(tmp_path / "tiny", tmp_path / "copied")
+    table = facts_beside(write_report(Path(moved) / "dpo"))["table"]
+    assert table["columns"] == ["base", "SFT", "DPO"]
+    assert [row["values"]["base"] for row in table["rows"] if "base" in row["values"]] == [{"mean": 7.095}]
+
+
+def test_gpu_hours_count_every_process(tmp_path):
+    """8 processes for an hour are 8 GPU-hours."""
+    machine = {"platform": "Linux", "gpu": ["NVIDIA H100"] * 8}
+    page = write_report(make(tmp_path / "tiny" / "dpo", machine=machine, world_size=8))
+    assert "GPU-hours 8 (8 processes)" in Elements(page).text
+
+
+def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
+    path = make(tmp_path / "tiny" / "dpo")
+    interval = {**estimate(0.7, 0.05, 64), "low": 0.6, "high": 0.8}
+    row = {"group": "safety", "measure": "refuses <b>harm</b>", "unit": "share", "better": "higher", "note": "XSTest"}
+    case = {
+        "kind": "win",
+        "prompt": "\n\nHuman: Why?\n\nAssistant:",
+        "replies": {"sft": "no", "dpo": "yes"},
+        "outcome": "dpo, 2 of 2",
+    }
+    evaluation = {
+        "models": [{"name": "sft", "path": "x"}, {"name": "dpo", "path": "y"}],
+        "split": "test",
+        "prompts": 64,
+        "judge": "llm:some-model",
+        "table": [{**row, "values": {"sft": interval, "dpo": interval}, "change": {"dpo": None}}],
+        "win_rates": [{"a": "dpo", "b": "sft", "raw": interval, "length_controlled": None, "ties": 3, "p_value": 0.01}],
+        "ratings": [{"model": "dpo", "elo": estimate(1020.0, 12.0, 64)}],
+        "warnings": ["the judge prefers the first reply"],
+        "cases": [case],
+    }
+    runs.write_json(path / "eval.json", evaluation)
+    text = Elements(write_report(path)).text
+    assert "its replies win 70% of 64 comparisons judged by some-model (95% interval 60% to 80%" in text
+    for words in ("refuses <b>harm</b>", "the judge prefers the first reply", "dpo, 2 of 2", "1,020", "Who wins"):
+        assert words in text
+
+
+def test_an_sft_run_has_a_page(tmp_path):
+    with runs.opened(tmp_path / "tiny" / "sft", "sft", {"sft": {"max_steps": 4}}, "about: x\n") as run:
+        runs.write_lines(
+            run.metrics_file, [{"step": 0, "eval/loss": 1.9, "eval/perplexity": 7.1}, {"step": 4, "train/loss": 1.0}]
+        )
+        run.note(
+            status="finished", steps=4, best_step=4, test={"perplexity": 1.48, "n": 250}, stop_reason="all 4 steps done"
+        )
+    text = Elements(write_report(tmp_path / "tiny" / "sft")).text
+    assert "Supervised fine-tuning is done: perplexity 1.48" in text and "chosen and rejected" not in text.lower()
+
+
+# --- several ---
+
+
+def test_a_sweep_shows_frontier_choice_and_what_is_missing(tmp_path):
+    names = {"dpo-beta0.5": 0.5, "dpo-beta0.1": 0.1}
+    for name, beta in names.items():
+        make(tmp_path / "tiny" / name, beta=beta)
+    make_sweep(tmp_path / "tiny", {**names, "dpo-beta0.01": 0.01}, "dpo-beta0.5")
+    page = write_report(tmp_path / "tiny")
+    text = Elements(page).text
+    assert page == tmp_path / "tiny" / "report.html"
+    assert "dpo-beta0.5 was chosen of 3 (it is): DPO is better than SFT" in text
+    assert "dpo-beta0.01 is not there; shown as sweep.json knows it" in text
+    assert "beta 0.5 — chosen" in text and "limit 10" in text
+    assert facts_beside(page)["frontiers"][0]["points"][0]["x"]["high"] == pytest.approx(2 + 0.2 * 1.998, abs=1e-3)
+
+
+def test_a_sweep_whose_runs_are_gone_still_has_its_table(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    text = Elements(write_report(make_sweep(tmp_path / "tiny", {"dpo-beta0.5": 0.5}, None))).text
+    assert "None of 1 members was chosen" in text and "Members" in text
+
+
+def test_compared_runs_show_what_differs_first(tmp_path):
+    paths = [make(tmp_path / "tiny" / f"dpo-{beta}", beta=beta) for beta in (0.1, 0.5)]
+    page = write_comparison(paths)
+    assert page == tmp_path / "tiny" / "compare.html"
+    assert facts_beside(page)["differences"] == [{"key": "dpo.beta", "values": ["0.1", "0.5"]}]
+    headings = re.findall(r"<h2>([^<]+)", page.read_text())
+    assert headings[:2] == ["What differs", "Curves"]
+
+
+def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
+    paths = [make(tmp_path / name / "dpo", data={**FINISHED["data"], "fingerprint": name}) for name in ("aaa", "bbb")]
+    text = Elements(write_comparison(paths)).text
+    assert "were made from different data, so their figures cannot be compared one to one: aaa/dpo from aaa" in text
+    assert "2 runs of different data: their figures do not rank them." in text
+
+
+# --- bad input: one line each ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["report", "mistral"],
+            "there is no run of mistral yet (looked in runs/mistral); make one with alignlab dpo mistral",
+        ),
+        (["report", "tiny", "--run", "nope"], "runs/tiny/nope holds no run; there: bare, dpo, older, sft"),
+        (["report", "runs/tiny/bare"], "runs/tiny/bare is finished, but has no metrics.jsonl"),
+        (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
+        (["compare", "runs/tiny/dpo"], "one run cannot be compared; name two or more"),
+        (["compare", "runs/tiny/dpo", "tiny"], "the same run is named twice: runs/tiny/dpo, runs/tiny/dpo"),
+        (
+            ["compare", "runs/tiny/dpo", "runs/tiny/sft"],
+            "only runs of one stage can be compared: dpo is dpo, sft is sft",
+        ),
+        (["compare", "tiny", "runs/tiny/older", "--out", "no/folder/x.html"], "no/folder/x.html cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(here, capsys, arguments, said):
+    make(Path("runs/tiny/dpo"), started="2026-02-02T00:00:00Z")
+    make(Path("runs/tiny/older"), started="2026-01-01T00:00:00Z")
+    Run(make(Path("runs/tiny/bare"), started="2026-01-01T00:00:00Z")).metrics_file.unlink()
+    Path("runs/tiny/folder").mkdir()
+    Path("runs/tiny/folder/metrics.jsonl").write_text('{"step": 0}\n')
+    with runs.opened(Path("runs/tiny/sft"), "sft", {}, "about: x\n"):
+        pass
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_broken_sweep_or_evaluation_is_one_line(tmp_path):
+    path = make(tmp_path / "tiny" / "dpo")
+    (path / "eval.json").write_text("{")
+    with pytest.raises(RunError, match=r"eval\.json is not JSON"):
+        write_report(path)
+    (tmp_path / "tiny" / "sweep.json").write_text('{"members": [{}]}')
+    with pytest.raises(RunError, match=r"sweep\.json is not a sweep's"):
+        write_report(tmp_path / "tiny")
+
+
+def test_no_run_fails_for_its_report(tmp_path):
+    good, bad = make(tmp_path / "tiny" / "dpo"), make(tmp_path / "tiny" / "other", test=[1])
+    assert report_line(good) == str(good / "report.html")
+    Run(bad).manifest_file.write_text('["no manifest"]')
+    assert report_line(bad).startswith(f"no report of {bad} (") and "\n" not in report_line(bad)
+
+
+# --- which run ---
+
+
+def test_a_recipe_is_a_name_a_file_or_a_folder_and_need_not_exist(here):
+    make(Path("runs/mine/dpo"), started="2026-01-01T00:00:00Z")
+    make(Path("runs/mine/dpo-beta0.3"), started="2026-01-02T00:00:00Z")
+    assert (
+        find_runs("mine") == find_runs("recipes/mine.yaml") == find_runs("runs/mine") == [Path("runs/mine/dpo-beta0.3")]
+    )
+    assert find_runs("runs/mine/dpo") == [Path("runs/mine/dpo")]
+    assert find_runs("mine", ["dpo", "dpo-beta0.3"]) == [Path("runs/mine/dpo"), Path("runs/mine/dpo-beta0.3")]
+    make_sweep(Path("runs/mine"), {"dpo": 0.1}, "dpo")
+    assert find_runs("mine") == [Path("runs/mine")] and last_run("mine") == Path("runs/mine/dpo-beta0.3")
+
+
+def test_the_command_ends_with_the_path(here, capsys):
+    make(Path("runs/tiny/dpo"))
+    assert cli.main(["report", "tiny"]) == 0
+    assert capsys.readouterr().out == "runs/tiny/dpo/report.html\n"
+
+
+# --- hostile text ---
+
+
+def hostile(folder: Path) -> Path:
+    warning = {"guard": "kl", "step": 1, "message": SCRIPT}
+    rows = [{**row, "prompt": f"\n\nHuman: {HOSTILE}{i}\n\nAssistant:"} for i, row in enumerate(samples(HOSTILE))]
+    facts = {"stop_reason": SCRIPT, "command": SCRIPT, "warnings": [warning], "machine": {"platform": SCRIPT}}
+    return make(folder / "tiny" / "dpo-<img src=x onerror=alert(1)>", replies=rows, source=SCRIPT, **facts)
+
+
+def test_hostile_dialogue_is_shown_as_text_and_shortened(tmp_path):
+    page = write_report(hostile(tmp_path))
+    found = Elements(page)
+    assert page.stat().st_size < 300_000
+    assert not {"script", "img", "iframe", "object", "form"} & {tag for tag, _ in found.tags}
+    assert not [attrs for _, attrs in found.tags if any(name.startswith("on") for name in attrs)]
+    assert SCRIPT in found.text and "⟨U+202E⟩gnitirw" in found.text and "⟨U+0000⟩⟨U+001B⟩" in found.text
+    assert "more characters in samples.jsonl" in found.text and "{{ 7*7 }}" in found.text
+    assert not set(page.read_text(encoding="utf-8")) & set("\u202e\u202c\x00\x1b")
+    assert len(Run(page.parent).samples()[0]["reply"]) == len(HOSTILE)
+
+
+def test_the_page_loads_nothing(tmp_path):
+    page = write_report(make(tmp_path / "tiny" / "dpo"))
+    outside = [a for tag, a in Elements(page).tags if tag in ("script", "link", "img", "iframe") or "src" in a]
+    assert outside == [{"rel": "icon", "href": "data:,"}]
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/1999/xlink)", page.read_text())
+
+
+# --- size and speed ---
+
+
+def test_a_long_sweep_is_reported_in_seconds(tmp_path):
+    """8 runs of 5,000 logged steps: under 3 s, the whole command; under 1.5 MB."""
+    folder, betas = tmp_path / "tiny", {f"dpo-beta{i / 20}": i / 20 for i in range(1, 9)}
+    for at, (name, beta) in enumerate(betas.items()):
+        make(folder / name, rows=metrics(5000, evaluations=100, seed=at), beta=beta)
+    make_sweep(folder, betas, "dpo-beta0.3")
+    command = [sys.executable, "-m", "alignlab", "report", str(folder)]
+    seconds = []
+    for _ in range(3):  # other processes may hold the cores for one of them
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds.append(time.perf_counter() - began)
+    sizes = {name: (folder / name).stat().st_size / 1e6 for name in ("report.html", "report.json")}
+    print(f"\n8 runs of 5,000 steps: {min(seconds):.2f} s; {', '.join(f'{n} {mb:.2f} MB' for n, mb in sizes.items())}")
+    assert min(seconds) < 3 and max(sizes.values()) < 1.5
+
+
+def test_reports_import_no_torch():
+    heavy = "[name for name in ('torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy') if name in sys.modules]"
+    program = f"import sys, alignlab.report, alignlab.charts; print({heavy})"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs a Chromium on the path")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """One page of each kind, hostile text in the first."""
+    root = tmp_path_factory.mktemp("pages")
+    betas = {"dpo-beta0.1": 0.1, "dpo-beta0.5": 0.5}
+    paths = [make(root / "swept" / name, beta=beta) for name, beta in betas.items()]
+    return {
+        "run": write_report(hostile(root)),
+        "sweep": write_report(make_sweep(root / "swept", betas, "dpo-beta0.5")),
+        "compare": write_comparison(paths),
+    }
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep", "compare"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")])
+def test_a_browser_finds_nothing_to_complain_of(browser, pages, kind, width, scheme):
+    """No console message, no request but the page's own, no script run, nothing wider than the screen."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    messages, requests = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(pages[kind].as_uri())
+    for summary in page.query_selector_all("summary"):
+        summary.click()
+    assert messages == [] and requests == [pages[kind].as_uri()]
+    assert "planted" not in page.title()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+@pytest.mark.parametrize("kind", ["run", "sweep", "compare"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_accessibility_checker_finds_nothing(browser, pages, kind, scheme):
+    """axe-core: contrast, headings, labels, tables, regions that scroll."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs the package axe-playwright-python")
+    page = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme=scheme, bypass_csp=True).new_page()
+    page.goto(pages[kind].as_uri())
+    found = axe.Axe().run(page).response["violations"]
+    assert [(rule["id"], [node["html"][:120] for node in rule["nodes"]]) for rule in found] == []
+    page.context.close()
+
+
+def test_graphics_stand_out_from_the_paper(browser, pages):
+    """WCAG: text at least 4.5:1, graphics at least 3:1, in light, dark and print."""
+    page = browser.new_page()
+    page.goto(pages["run"].as_uri())
+    names = ["ink", "soft", "accent", "warn", "paper", "raised"]
+    for look in ({"color_scheme": "light"}, {"color_scheme": "dark"}, {"media": "print"}):
+        page.emulate_media(**look)
+        style = "n => getComputedStyle(document.documentElement).getPropertyValue('--' + n).trim()"
+        colours = {name: luminance(page.evaluate(style, name)) for name in names}
+        for name in names[:4]:
+            for ground in ("paper", "raised"):
+                low, high = sorted((colours[name], colours[ground]))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (look, name, ground)
+    page.close()
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of `#rrggbb`."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
