@@ -1,0 +1,221 @@
+"""Win rates and their intervals: each against an independent computation, and by how often they hold the truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import expit, logit
+
+from alignlab.intervals import mean_interval, share_interval
+from alignlab.winrate import length_controlled, sign_test, win_rate
+
+WIN_RATES, TIE_RATES = (0.5, 0.7), (0, 0.2, 0.4)
+
+
+def holds(interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+def trinomials(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All ways in which n outcomes can be wins, ties and losses."""
+    wins, ties = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
+    possible = wins + ties <= n
+    return wins[possible], ties[possible], (n - wins - ties)[possible]
+
+
+def outcomes_of(wins: int, ties: int, losses: int) -> list[float]:
+    return [1.0] * wins + [0.5] * ties + [0.0] * losses
+
+
+# Intervals
+
+
+def test_mean_interval_is_scipys_t_interval():
+    values = np.random.default_rng(0).normal(3, 2, 17)
+    found = mean_interval(values)
+    low, high = stats.t.interval(0.95, 16, values.mean(), stats.sem(values))
+    assert (found.low, found.high, found.stderr) == pytest.approx((low, high, stats.sem(values)))
+
+
+def test_a_single_value_has_no_interval():
+    found = mean_interval([2.0])
+    assert (found.mean, found.n, found.stderr, found.low, found.high) == (2.0, 1, None, None, None)
+    assert str(found) == "2 (n=1)"
+
+
+def test_share_interval_by_hand():
+    """Two wins, one loss; with one of each added 1 1 1 0 0: mean 0.6, s² = 5·0.6·0.4/4 = 0.3, s/√5 = 0.245."""
+    found = share_interval([1, 1, 0])
+    t = stats.t.ppf(0.975, 4)
+    assert found.mean == pytest.approx(2 / 3) and found.n == 3
+    assert found.stderr == pytest.approx(math.sqrt(0.3 / 5))
+    assert (found.low, found.high) == (max(0.6 - t * math.sqrt(0.06), 0), 1)
+
+
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("truth", [*WIN_RATES, 0.9])
+@pytest.mark.parametrize("tie_rate", TIE_RATES)
+def test_share_interval_covers_exactly(n, truth, tie_rate):
+    """The probability of every trinomial sample whose interval holds the truth, summed: no simulation noise."""
+    win_rate = truth - tie_rate / 2
+    loss_rate = 1 - win_rate - tie_rate
+    if loss_rate < 0:
+        pytest.skip("no such win rate with so many ties")
+    wins, ties, losses = trinomials(n)
+    mean = (wins + 1 + ties / 2) / (n + 2)
+    variance = ((wins + 1 + ties / 4) / (n + 2) - mean**2) / (n + 1)
+    half = stats.t.ppf(0.975, n + 1) * np.sqrt(variance)
+    for at in np.random.default_rng(0).integers(0, len(wins), 20):  # the closed form is the function
+        found = share_interval(outcomes_of(wins[at], ties[at], losses[at]))
+        assert (found.low, found.high) == pytest.approx((max(mean[at] - half[at], 0), min(mean[at] + half[at], 1)))
+    chance = stats.multinomial.pmf(np.stack([wins, ties, losses], -1), n, [win_rate, tie_rate, loss_rate])
+    covered = chance[(mean - half <= truth) & (truth <= mean + half)].sum()
+    assert covered == pytest.approx(0.95, abs=0.01)
+
+
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("truth", WIN_RATES)
+@pytest.mark.parametrize("tie_rate", TIE_RATES)
+def test_share_interval_covers_in_simulation(n, truth, tie_rate):
+    draws = np.random.default_rng(0)
+    chances = [truth - tie_rate / 2, tie_rate, 1 - truth - tie_rate / 2]
+    held = [holds(share_interval(draws.choice([1, 0.5, 0], n, p=chances)), truth) for _ in range(2000)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 20, 100])
+@pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
+def test_equal_outcomes_never_claim_certainty(n, outcome):
+    found = share_interval([outcome] * n)
+    assert found.mean == outcome and holds(found, outcome)
+    assert found.high - found.low > 1 / (n + 2) and found.stderr > 0
+    if outcome == 1 and n > 1:  # near the exact bound, 0.05 to 0.025 in the tail
+        assert stats.beta.ppf(0.01, n, 1) <= found.low + 0.2 / n and found.low <= stats.beta.ppf(0.1, n, 1)
+
+
+def test_swapping_the_models_mirrors_the_interval():
+    outcomes = [1, 1, 0.5, 0, 1, 0.5]
+    one, other = share_interval(outcomes), share_interval([1 - y for y in outcomes])
+    assert (one.mean, one.low, one.high) == pytest.approx((1 - other.mean, 1 - other.high, 1 - other.low))
+
+
+# Sign test
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (5, 1), (8, 8), (3, 17)])
+def test_sign_test_is_the_sum_of_binomial_probabilities(wins, losses):
+    """Every split that is no likelier than the one seen: of six coins, five or more alike: 2·(6+1)/64 = 0.219."""
+    n = wins + losses
+    chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    assert sign_test(wins, losses) == pytest.approx(sum(p for p in chance if p <= chance[wins] * (1 + 1e-9)))
+
+
+# Equal length
+
+
+def test_length_control_with_two_lengths_is_the_table_with_a_half_added():
+    """Firth's penalty adds ½ to each cell of a 2 × 2 table (Firth 1993).
+
+    10 replies longer by 5 words, of which 9 win, and 10 shorter by 5, of which 4 win: logits log(9.5/1.5) and
+    log(4.5/6.5) at ±tanh(1), so at zero their mean. Its variance is a quarter of the sum of both cells', where a
+    cell's is its squared residuals over the square of its information w, and one outcome more is shared out by w.
+    """
+    outcomes = outcomes_of(9, 0, 1) + outcomes_of(4, 0, 6)
+    found = length_controlled(outcomes, [5.0] * 10 + [-5.0] * 10)
+    assert logit(found.mean) == pytest.approx((math.log(9.5 / 1.5) + math.log(4.5 / 6.5)) / 2, abs=1e-5)
+    shares = np.array([9.5 / 11, 4.5 / 11])
+    w = 10 * shares * (1 - shares)
+    residuals = np.array([9, 4]) * (1 - shares) ** 2 + np.array([1, 6]) * shares**2
+    cells = (residuals + w / w.sum()) * w.sum() / (w.sum() + 1) / w**2
+    stderr = math.sqrt(cells.sum() / 4)
+    assert (logit(found.high) - logit(found.low)) / 2 == pytest.approx(stats.norm.ppf(0.975) * stderr, rel=1e-4)
+
+
+def test_length_control_is_a_logistic_regression_where_there_is_much_data():
+    """Against unpenalized Newton steps, a plain loop, whose intercept differs by less than 1 / n."""
+    outcomes, longer_by = length_biased(np.random.default_rng(0), 5000, 0.6, 0.2, 2.0)
+    X, fit = np.column_stack([np.ones(5000), np.tanh(longer_by / longer_by.std())]), np.zeros(2)
+    for _ in range(20):
+        mean = expit(X @ fit)
+        fit = fit + np.linalg.solve((X.T * mean * (1 - mean)) @ X, X.T @ (outcomes - mean))
+    found = length_controlled(outcomes, longer_by)
+    assert outcomes.mean() > 0.7 and found.mean == pytest.approx(expit(fit[0]), abs=2e-4)
+    assert found.mean == pytest.approx(0.6, abs=0.03)
+
+
+@pytest.mark.parametrize("shift", [0, 0.5, 1, 2])
+def test_a_judge_of_length_alone_is_a_tie_at_equal_length(shift):
+    """The raw win rate follows length; the length-controlled interval holds ½ though no logistic fit is finite."""
+    draws, held = np.random.default_rng(shift == 0), []
+    for _ in range(50):
+        longer_by = np.round(draws.normal(shift, 1, 100) * 40)
+        found = win_rate(np.where(longer_by > 0, 1.0, np.where(longer_by < 0, 0.0, 0.5)), longer_by + 100, [100] * 100)
+        assert found.raw.mean == pytest.approx((longer_by > 0).mean() + (longer_by == 0).mean() / 2)
+        held.append(holds(found.length_controlled, 0.5))
+    assert np.mean(held) >= 0.94
+
+
+def test_without_a_difference_in_length_control_changes_nothing():
+    outcomes = [1, 1, 0, 0.5]
+    assert length_controlled(outcomes, [0, 0, 0, 0]) == share_interval(outcomes)
+
+
+def test_a_constant_difference_in_length_cannot_be_controlled_for():
+    assert length_controlled([1, 1, 0, 0.5], [3, 3, 3, 3]) is None
+
+
+def test_length_control_is_symmetric():
+    outcomes, longer_by = np.array([1, 1, 0, 0.5, 1, 0, 1]), np.array([3, -2, 5, 8, -9, 1, 0])
+    one, other = length_controlled(outcomes, longer_by), length_controlled(1 - outcomes, -longer_by)
+    assert (one.mean, one.low, one.high) == pytest.approx((1 - other.mean, 1 - other.high, 1 - other.low), abs=1e-5)
+
+
+@pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
+def test_length_control_of_equal_outcomes_never_claims_certainty(outcome):
+    found = length_controlled([outcome] * 20, list(range(-10, 10)))
+    assert found.high - found.low > 0.05
+
+
+def length_biased(draws: np.random.Generator, n: int, truth: float, tie_rate: float, slope: float) -> tuple:
+    longer_by = draws.normal(0.5 * slope, 1, n)
+    mean = expit(logit(truth) + slope * np.tanh(longer_by))
+    ties = np.minimum(tie_rate, 2 * np.minimum(mean, 1 - mean))
+    place = draws.random(n)
+    return np.where(place < ties, 0.5, place < ties + mean - ties / 2).astype(float), longer_by
+
+
+def length_control_holds(n: int, truth: float, tie_rate: float, slope: float, draws: int) -> float:
+    source = np.random.default_rng(0)
+    samples = (length_biased(source, n, truth, tie_rate, slope) for _ in range(draws))
+    return float(np.mean([holds(length_controlled(*sample), truth) for sample in samples]))
+
+
+def test_length_controlled_interval_covers():
+    assert length_control_holds(100, 0.7, 0.2, 1.5, draws=400) == pytest.approx(0.95, abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 400])
+@pytest.mark.parametrize("truth", WIN_RATES)
+@pytest.mark.parametrize("tie_rate", TIE_RATES)
+def test_length_controlled_interval_covers_in_simulation(n, truth, tie_rate):
+    assert length_control_holds(n, truth, tie_rate, 1.5, draws=2000) == pytest.approx(0.95, abs=0.015)
+
+
+# Together
+
+
+def test_two_identical_models_have_a_win_rate_of_one_half_exactly():
+    found = win_rate([0.5] * 8, [4] * 8, [4] * 8)
+    assert found.raw.mean == found.length_controlled.mean == 0.5
+    assert (found.wins, found.ties, found.losses, found.p_value) == (0, 8, 0, 1.0)
+
+
+def test_win_rate_counts_by_hand():
+    """3 wins, 2 ties, 1 loss: (3 + 1) / 6; of four decided ones, three or more alike: 2·(4 + 1)/16 = 0.625."""
+    found = win_rate([1, 1, 1, 0.5, 0.5, 0], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1])
+    assert found.raw.mean == pytest.approx(4 / 6)
+    assert (found.wins, found.ties, found.losses, found.p_value) == (3, 2, 1, 0.625)
