@@ -16,13 +16,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from alignlab import layout as layouts
 from alignlab import packing
 from alignlab.errors import ModelError
-from alignlab.packing import decide, lay_out, share_prefixes, unsupported, visible
+from alignlab.layout import NOTHING, SegmentMask, lay_out, place_segments, visible
+from alignlab.packing import decide, share_prefixes, unsupported
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY, MAX_TOKENS, WINDOW = 512, 160, 24
@@ -38,6 +42,7 @@ FAMILIES = {
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "mixtral": {**SIZES, **GROUPED, "num_local_experts": 4, "router_aux_loss_coef": 0.0},
 }
 NO_ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}  # for trainers that get their batches by hand
 LOSSES = (
@@ -303,8 +308,8 @@ def window_ignored(layout, window=None):
 
 @pytest.mark.parametrize("wrong", [rejected_sees_chosen, pairs_see_each_other, window_ignored])
 def test_a_wrong_mask_fails_the_same_check_and_the_first_batch(build, pairs, monkeypatch, wrong):
-    monkeypatch.setattr(packing, "visible", wrong)
-    monkeypatch.setattr(packing, "attends_by_segment", lambda model: False)
+    monkeypatch.setattr(layouts, "visible", wrong)
+    monkeypatch.setattr(layouts, "attends_by_segment", lambda model: False)
     trainer, batch = build("mistral"), collate(pairs[:6])
     with pytest.raises(ModelError, match="changes the log-probabilities of MistralForCausalLM"):
         both_ways(trainer, batch)
@@ -315,7 +320,7 @@ def test_a_wrong_mask_fails_the_same_check_and_the_first_batch(build, pairs, mon
 
 
 def test_told_to_stop_a_difference_goes_on_the_standard_way(build, pairs, monkeypatch, caplog):
-    monkeypatch.setattr(packing, "visible", window_ignored)
+    monkeypatch.setattr(layouts, "visible", window_ignored)
     trainer, batch = build("mistral"), collate(pairs[:6])
     standard = compute(trainer, batch)
     handle = share_prefixes(trainer.model, on_difference="stop")
@@ -331,6 +336,38 @@ def test_a_batch_beyond_the_window_is_checked_too(build, pairs):
     assert list(handle.differences) == ["the first batch"]
     compute(trainer, collate(pairs[:2]))
     assert list(handle.differences) == ["the first batch", "the first batch beyond the window"]
+
+
+# TRL's LM head ---------------------------------------------------------------
+
+
+def test_the_lm_head_reads_its_tile_where_lm_head_tiles_sets_it(build, pairs, monkeypatch):
+    """Of 512 words, tiles of 200 are products of 200, 200 and 112 columns; TRL's own is one of 512."""
+    batch, model = collate(pairs[:2]), build("llama").model
+    monkeypatch.setattr(packing, "CPU_TILE", 200)
+    standard = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    whole, columns = log_probs(model, batch), Columns()
+    with packing.lm_head_tiles(torch.device("cpu")), columns:
+        tiled = log_probs(model, batch)
+    assert columns.seen == {200, 112}
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=0)
+    assert standard == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    with packing.lm_head_tiles(torch.device("cuda")):
+        assert standard == trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+
+class Columns(TorchDispatchMode):
+    """The widths of all tiles that matrix products were written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mm.out:  # as the fused LM head writes its tiles
+            self.seen.add(result.shape[-1])
+        return result
 
 
 # Odd batches ------------------------------------------------------------------
@@ -421,7 +458,7 @@ def test_each_token_sees_its_own_sequence_and_nothing_else(data):
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     layout = lay_out(padded, torch.tensor([len(s) for s in sequences]), reach)
     mask = visible(layout, window)
-    assert (layout.pair_RW != packing.NOTHING).sum() <= sum(map(len, sequences))
+    assert (layout.pair_RW != NOTHING).sum() <= sum(map(len, sequences))
     for s, ids in enumerate(sequences):
         for t in range(len(ids)):
             row, column = divmod(layout.place_ST[s, t].item(), layout.ids_RW.shape[1])
@@ -438,16 +475,16 @@ def test_attention_by_segment_is_attention_under_the_whole_mask():
     mask = visible(layout)
     query, key, value = torch.randn(3, len(mask), 2, mask.shape[-1], 8).unbind()
     attend = torch.nn.functional.scaled_dot_product_attention
-    by_segment = attend(query, key, value, attn_mask=packing.SegmentMask.of(mask, layout.sizes), scale=0.3)
+    by_segment = attend(query, key, value, attn_mask=SegmentMask.of(mask, layout.sizes), scale=0.3)
     torch.testing.assert_close(by_segment, attend(query, key, value, attn_mask=mask, scale=0.3))
 
 
 def test_rows_are_as_narrow_as_attention_makes_worth_it():
     """Of 6 + 5 + 4 + 4 = 19 tokens, one row has no gap; rows of 6 + 4 and 5 + 4 have one, but see half as far."""
     sizes = torch.tensor([6, 5, 4, 4])
-    assert packing.place_segments(sizes, reach=1e9)[1] == (1, 19)
-    assert packing.place_segments(sizes, reach=40.0)[1] == (2, 10)
-    starts, (rows, width) = packing.place_segments(sizes, reach=1.0)
+    assert place_segments(sizes, reach=1e9)[1] == (1, 19)
+    assert place_segments(sizes, reach=40.0)[1] == (2, 10)
+    starts, (rows, width) = place_segments(sizes, reach=1.0)
     assert width == 6 and sorted((starts // width).tolist()) == [0, 1, 2, 3][:rows]
 
 
@@ -489,6 +526,21 @@ def test_prompt_learning_is_refused(models):
     model = AutoModelForCausalLM.from_pretrained(models("llama"))
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert "before the prompt" in unsupported(tuned)
+
+
+@pytest.mark.parametrize(("coefficient", "loss"), [(None, True), (0.0, False), (0.5, True)])
+def test_a_router_loss_keeps_auto_off_and_true_is_an_error(build, models, monkeypatch, coefficient, loss):
+    """Mixtral's own coefficient is 0.001; TRL adds the loss unless `router_aux_loss_coef` says 0."""
+    monkeypatch.setitem(FAMILIES, "mixtral", {**FAMILIES["mixtral"], "router_aux_loss_coef": 0.001})
+    model = AutoModelForCausalLM.from_pretrained(models("mixtral", 9))
+    trainer = build("mixtral", model, router_aux_loss_coef=coefficient)
+    assert trainer.aux_loss_enabled is loss
+    on, why = decide("auto", trainer.model, "cpu", trainer.aux_loss_enabled)
+    assert on is not loss and ("router loss of MixtralForCausalLM" in why) is loss
+    if loss:
+        assert decide("auto", trainer.model, "cpu") == (on, why)
+        with pytest.raises(ModelError, match=r"dpo\.router_aux_loss_coef: 0"):
+            decide(True, trainer.model, "cpu", trainer.aux_loss_enabled)
 
 
 def test_a_wrong_model_that_slips_through_is_caught_by_its_first_batch(build, pairs, models, monkeypatch):
