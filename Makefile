@@ -3,14 +3,17 @@
 
 RECIPE ?= tiny
 PYTHON ?= python3
+BETAS ?= 0.5,0.3,0.1,0.05
 BIN := .venv/bin
-RUN := $(if $(LAUNCH),$(BIN)/accelerate launch --config_file $(LAUNCH) -m alignlab,$(BIN)/alignlab)
+LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
+# keeps freed memory in the process, on both sides of a comparison: on small virtual machines page faults dominate
+KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check bench list show data sft dpo
+.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report export reproduce bench bench-all bench-gpu
 
 help:  ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
 
 install: .venv/.installed  ## .venv with everything in it, once
 
@@ -21,9 +24,10 @@ install: .venv/.installed  ## .venv with everything in it, once
 	$(BIN)/alignlab show tiny > /dev/null
 	touch $@
 
-demo: install    ## SFT, then DPO, on the embedded default: about two minutes on two cores
+demo: install    ## SFT, DPO, evaluation and report on the embedded default: two or three minutes on two cores
 	$(BIN)/alignlab sft tiny
 	$(BIN)/alignlab dpo tiny
+	$(BIN)/alignlab eval tiny
 
 test: install    ## the whole test suite
 	$(BIN)/pytest
@@ -36,21 +40,50 @@ check: install   ## format, lint, tests
 	$(BIN)/ruff check .
 	$(BIN)/pytest
 
-bench: install   ## a DPO step against stock TRL, on CPU: about 12 minutes
-	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
-	  $(BIN)/python tests/bench/step.py llama-25m
-
 list: install    ## the recipes
-	@$(RUN) list
+	@$(BIN)/alignlab list
 
 show: install    ## a recipe with everything in it
-	@$(RUN) show $(RECIPE) $(ARGS)
+	@$(BIN)/alignlab show $(RECIPE) $(ARGS)
 
 data: install    ## what is in the dataset
-	@$(RUN) data $(RECIPE) $(ARGS)
+	@$(BIN)/alignlab data $(RECIPE) $(ARGS)
+
+plan: install    ## the memory it will need, and whether it fits
+	@$(BIN)/alignlab plan $(RECIPE) $(ARGS)
 
 sft: install     ## supervised fine-tuning
-	@$(RUN) sft $(RECIPE) $(ARGS)
+	@$(BIN)/alignlab sft $(RECIPE) $(ARGS) $(LAUNCHED)
 
 dpo: install     ## DPO from the SFT run
-	@$(RUN) dpo $(RECIPE) $(ARGS)
+	@$(BIN)/alignlab dpo $(RECIPE) $(ARGS) $(LAUNCHED)
+
+sweep: install   ## DPO at each of BETAS, the table, and the choice
+	@$(BIN)/alignlab sweep $(RECIPE) $(ARGS) --betas $(BETAS)
+
+eval: install    ## base, SFT and DPO side by side
+	@$(BIN)/alignlab eval $(RECIPE) $(ARGS)
+
+report: install  ## one page from the run directories
+	@$(BIN)/alignlab report $(RECIPE) $(ARGS)
+
+export: install  ## the merged model in TO, checked against the run
+	@$(BIN)/alignlab export $(RECIPE) --to $(or $(TO),exports/$(RECIPE)) $(ARGS)
+
+reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
+	$(BIN)/python tests/bench/reproduce.py
+
+bench: install   ## a DPO step against stock TRL, on CPU: about 12 minutes
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py llama-25m
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py gpt2-82m --pairs 4 --ways stock shared
+
+bench-all: bench  ## further cells, data preparation, sweeps, the cost of sampling: hours
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py gpt2-82m --ways stock shared
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py llama-25m --pairs 4 --ways stock shared shared-stored
+	$(BIN)/python tests/bench/data.py
+	$(BIN)/python tests/bench/sampling.py
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/sweep.py llama-25m
+
+bench-gpu: install  ## the same on one GPU with 7B shapes, and the memory plan against it
+	$(BIN)/python tests/bench/step_gpu.py
+	$(BIN)/python tests/bench/memory_gpu.py

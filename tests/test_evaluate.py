@@ -1,0 +1,503 @@
+"""Whole evaluations of real runs: what agrees with what, what is shared and kept, and what is refused in one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from commands import alignlab, kill_when
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alignlab import answers, cli, toy
+from alignlab import model as models
+from alignlab.candidates import Bench, line_up
+from alignlab.errors import AlignlabError, RunError
+from alignlab.evaluate import Wishes, evaluate
+from alignlab.generate import reply_logits, sample_replies
+from alignlab.lineup import find_runs
+from alignlab.measures import kl_per_reply
+from alignlab.recipe import load_recipe
+from alignlab.run import Run, read_lines
+from alignlab.train import prepare_data, train_dpo, train_sft
+
+RECIPE = """
+about: seconds on a CPU
+data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
+model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
+sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+dpo: {{max_steps: 6, learning_rate: 1.0e-3, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
+"""
+QUICK = Wishes(replies=12, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def root(folders, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("evaluations")
+    for name in ("llama", "gpt2"):
+        (root / f"{name}.yaml").write_text(RECIPE.format(name=folders[name]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(root):
+    """A function: recipe and overrides → a finished DPO run, made once."""
+    known: dict[tuple[str, ...], Run] = {}
+
+    def make(name: str = "llama", *overrides: str) -> Run:
+        key = (name, *overrides)
+        if key not in known:
+            known[key] = train_dpo(load_recipe(str(root / f"{name}.yaml"), overrides), root=root / "runs")
+        return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def found(made) -> dict:
+    return json.loads(evaluate([made()], QUICK).read_text())
+
+
+def rows_of(found: dict) -> dict[str, dict]:
+    return {row["measure"]: row for row in found["table"]}
+
+
+def without_time(file: Path) -> dict:
+    return {key: value for key, value in json.loads(file.read_text()).items() if key != "seconds"}
+
+
+def numbers(found, path=()) -> dict[tuple, object]:
+    """Every leaf of an evaluation by its place, numbers to within the rounding of other batches."""
+    if isinstance(found, dict | list):
+        items = found.items() if isinstance(found, dict) else enumerate(found)
+        return {place: leaf for key, its in items for place, leaf in numbers(its, (*path, key)).items()}
+    return {path: pytest.approx(found, rel=1e-3, abs=1e-4) if isinstance(found, float) else found}
+
+
+def test_every_figure_has_an_interval_and_n(found):
+    figures = [e for row in found["table"] for its in (row["values"], row["change"]) for e in its.values() if e]
+    figures += [entry["raw"] for entry in found["win_rates"]] + [each["elo"] for each in found["ratings"]]
+    assert len(figures) > 60 and all(e["low"] <= e["mean"] <= e["high"] and e["n"] > 1 for e in figures)
+
+
+def test_figures_are_those_that_training_ended_with(found, made):
+    """Accuracy, margin, loss and perplexities of the manifest are computed by the trainer's own model."""
+    test, rows = made().manifest["test"], rows_of(found)
+    names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "reward of chosen": "rewards/chosen"}
+    for measure, name in {**names, "loss": "loss"}.items():
+        assert rows[measure]["values"]["dpo"]["mean"] == pytest.approx(test[name]["mean"], rel=1e-4, abs=1e-6)
+    perplexity = rows["perplexity of chosen"]["values"]
+    assert perplexity["dpo"]["mean"] == pytest.approx(test["perplexity"], rel=1e-5)
+    assert perplexity["sft"]["mean"] == pytest.approx(test["reference_perplexity"], rel=1e-5)
+    assert found["pairs"] == test["loss"]["n"]
+
+
+def test_win_rates_are_the_toys_rule_in_a_plain_loop(found, made):
+    verdicts = [v for v in read_lines(made().path / "verdicts.jsonl") if {v["a"], v["b"]} == {"dpo", "sft"}]
+    replies = {name: kept_replies(made(), name, found) for name in ("dpo", "sft")}
+    scores = [toy.score(v["prompt"], replies["dpo"][i]) - toy.score(v["prompt"], replies["sft"][i])
+              for i, v in enumerate(verdicts)]  # fmt: skip
+    expected = sum(0.5 + 0.5 * ((s > 0) - (s < 0)) for s in scores) / len(scores)
+    entry = next(e for e in found["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
+    assert (entry["a"], entry["raw"]["mean"], entry["raw"]["n"]) == ("dpo", pytest.approx(expected), 12)
+    assert entry["wins"] + entry["ties"] + entry["losses"] == 12
+    assert found["matrix"]["sft"]["dpo"]["mean"] == pytest.approx(1 - expected)
+
+
+def kept_replies(run: Run, name: str, found: dict) -> list[str]:
+    key = next(model["content"] for model in found["models"] if model["name"] == name)
+    rows = read_lines(run.path.parent / "replies" / f"{key[:16]}.jsonl")
+    return [reply["text"] for row in rows if isinstance(row["value"], list) for reply in row["value"]]
+
+
+def test_kl_is_that_of_models_loaded_each_by_itself(found, made, folders):
+    run, recipe = made(), load_recipe(made().recipe_file)
+    alone = lambda adapter: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folders["llama"], dtype="float32"), adapter
+    ).eval()
+    policy, reference = alone(run.model), alone(run.path.parent / "sft" / "model")
+    tokenizer, _ = prepare_data(recipe)
+    prompts = [tokenizer(v["prompt"])["input_ids"] for v in read_lines(run.path / "verdicts.jsonl")[:12]]
+    replies = sample_replies(policy, tokenizer, prompts, max_new_tokens=12, seed=0, batch_size=16)
+    nats = []
+    with torch.no_grad():
+        for prompt, reply in zip(prompts, replies, strict=True):
+            ours, _, mask = reply_logits(policy, [prompt], [reply.ids], 0)
+            theirs, _, _ = reply_logits(reference, [prompt], [reply.ids], 0)
+            nats.append(kl_per_reply(ours, theirs, mask).item())
+    rows = rows_of(found)
+    assert rows["KL per reply"]["values"]["dpo"]["mean"] == pytest.approx(sum(nats) / 12, rel=1e-3)
+    per_token = sum(nats) / sum(len(reply.ids) for reply in replies)
+    assert rows["KL per token"]["values"]["dpo"]["mean"] == pytest.approx(per_token, rel=1e-3)
+
+
+def test_two_identical_models_win_half_and_are_no_nats_apart(made, tmp_path):
+    """A DPO run that holds its SFT adapter: the same replies, and not one nat."""
+    folder = shutil.copytree(made().path.parent, tmp_path / "llama", ignore=shutil.ignore_patterns("replies"))
+    run = Run(folder / made().path.name)
+    shutil.copytree(folder / "sft/model", run.model, dirs_exist_ok=True)
+    found = json.loads(evaluate([run], QUICK).read_text())
+    rows = rows_of(found)
+    assert [model["name"] for model in found["models"]] == ["base", "sft", "dpo"]
+    assert found["models"][1]["content"] == found["models"][2]["content"]
+    kl = rows["KL per reply"]["values"]["dpo"]
+    assert (kl["mean"], kl["low"], kl["high"]) == (0.0, 0.0, 0.0)
+    assert rows["over sft"]["values"]["dpo"]["mean"] == 0.5
+    entry = next(e for e in found["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
+    assert entry["ties"] == 12 and entry["tally"]["identical"] == 12 and entry["p_value"] == 1
+    assert rows["perplexity of chosen"]["change"]["dpo"]["mean"] == 0 and rows["margin"]["values"]["dpo"]["mean"] == 0
+    elo = {each["model"]: each["elo"]["mean"] for each in found["ratings"]}
+    assert elo["dpo"] == pytest.approx(elo["sft"], abs=1e-3)
+
+
+def test_adapters_share_one_base(made, monkeypatch, root):
+    lineup, whole, bench, loaded = line_up([made(), made("llama", "dpo.beta=0.5")]), line_up([made()]), Bench(), []
+    load = models.load_weights
+    monkeypatch.setattr(models, "load_weights", lambda *args: loaded.append(args[1]) or load(*args))
+    for candidate in [*whole.candidates, *lineup.candidates, *whole.candidates]:
+        with bench.on(candidate):
+            pass
+    assert len(loaded) == 1
+
+
+def test_a_switched_adapter_answers_as_the_model_loaded_alone(made, folders):
+    """Base, SFT, DPO and base again: none leaves a trace in the next."""
+    lineup, bench, ids = line_up([made()]), Bench(), torch.tensor([[5, 6, 7, 8]])
+    base = lambda: AutoModelForCausalLM.from_pretrained(folders["llama"], dtype="float32").eval()
+    for candidate in [*lineup.candidates, lineup.candidates[0]]:
+        alone = PeftModel.from_pretrained(base(), candidate.adapter).eval() if candidate.adapter else base()
+        with bench.on(candidate) as model, torch.no_grad():
+            assert torch.equal(model(ids).logits, alone(ids).logits)
+
+
+@pytest.mark.slow
+def test_full_models_are_loaded_one_after_another(made):
+    run = made("llama", "model.lora=null", "sft.learning_rate=1e-3", "dpo.learning_rate=1e-4")
+    lineup, bench = line_up([run]), Bench()
+    for candidate in lineup.candidates:
+        with bench.on(candidate):
+            assert len(bench._held) == 1
+    found = json.loads(evaluate([run], QUICK).read_text())
+    test = run.manifest["test"]
+    assert rows_of(found)["margin"]["values"]["dpo"]["mean"] == pytest.approx(test["rewards/margins"]["mean"], rel=1e-3)
+    assert rows_of(found)["KL per reply"]["values"]["dpo"]["mean"] > 0
+
+
+@pytest.mark.slow
+def test_a_4bit_run_is_evaluated_in_4_bit(made):
+    run = made("llama", "model.load_in_4bit=true")
+    found = json.loads(evaluate([run], QUICK).read_text())
+    with (bench := Bench()).on(line_up([run]).ours) as model:
+        assert model.get_base_model().is_loaded_in_4bit and len(bench._held) == 1
+    test = run.manifest["test"]
+    assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(
+        test["perplexity"], rel=0.01
+    )
+
+
+# Kept
+
+
+def never(*args, **kwargs):
+    raise AssertionError("nothing should be computed again")
+
+
+def test_the_same_evaluation_again_computes_nothing_and_says_the_same(found, made, monkeypatch):
+    for name in ("sample_replies", "reply_logps", "reply_logits"):
+        monkeypatch.setattr(answers, name, never)
+    again = without_time(evaluate([made()], QUICK))
+    assert again == {key: value for key, value in found.items() if key != "seconds"}
+
+
+def test_another_judge_samples_nothing_again(found, made, monkeypatch, tmp_path):
+    monkeypatch.setattr(answers, "sample_replies", never)
+    prompts = [v["prompt"] for v in read_lines(made().path / "verdicts.jsonl")[:12]]
+    votes = tmp_path / "votes.jsonl"
+    rows = [{"prompt": p, "winner": "dpo", "models": ["dpo", "sft"]} for p in dict.fromkeys(prompts)]
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    voted = json.loads(evaluate([made()], Wishes(replies=12, max_new_tokens=12, judge=f"votes:{votes}")).read_text())
+    entry = next(e for e in voted["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
+    assert voted["judge"] == f"votes:{votes}" and entry["wins"] == len(rows) - entry["tally"].get("identical", 0)
+    evaluate([made()], QUICK)
+
+
+def test_an_evaluation_that_is_broken_off_goes_on(made, monkeypatch):
+    run = made("llama", "dpo.beta=0.7")
+    wishes, sample, drawn = Wishes(replies=12, max_new_tokens=12, batch_size=4), sample_replies, []
+
+    def break_off(*args, **kwargs):
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        drawn.append(kwargs["first"])
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(answers, "sample_replies", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([run], wishes)
+    monkeypatch.setattr(answers, "sample_replies", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
+    resumed = without_time(evaluate([run], wishes))
+    assert len(drawn) == 9  # three batches of each of three models
+    shutil.rmtree(run.path.parent / "replies")
+    assert numbers(without_time(evaluate([run], wishes))) == numbers(resumed)
+
+
+def test_a_line_cut_off_by_a_crash_is_computed_again(made):
+    run, file = made(), made().path / "eval.json"
+    before = without_time(evaluate([run], QUICK))
+    for kept in (run.path.parent / "replies").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-20])
+    assert numbers(without_time(evaluate([run], QUICK))) == numbers(before)
+    assert all(row["key"] for kept in file.parent.parent.glob("replies/*") for row in whole_lines(kept))
+
+
+def whole_lines(file: Path) -> list[dict]:
+    """All lines but those cut off in this test."""
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def test_a_model_that_has_changed_shares_nothing_with_what_it_was(made, tmp_path):
+    first = line_up([made()]).ours
+    shutil.copytree(made().path.parent, tmp_path / "runs")
+    other = Run(tmp_path / "runs" / made().path.name)
+    shutil.copyfile(
+        made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors", other.model / "adapter_model.safetensors"
+    )
+    assert line_up([other]).ours.key != first.key
+
+
+def test_a_smaller_limit_takes_a_part_of_what_a_larger_one_takes(made):
+    prompts = {}
+    for limit in (8, 16):
+        wishes = Wishes(limit=limit, max_new_tokens=4, batch_size=4)
+        prompts[limit] = [json.loads(evaluate([made()], wishes).read_text())["pairs"]]
+        prompts[limit] += [v["prompt"] for v in read_lines(made().path / "verdicts.jsonl") if v["a"] == "dpo"]
+    assert prompts[8][0] == 8 and set(prompts[8][1:]) < set(prompts[16][1:])
+    evaluate([made()], QUICK)
+
+
+# More than two, and other inputs
+
+
+def test_runs_side_by_side_are_rated_and_compared_with_the_first(made):
+    runs = [made(), made("llama", "dpo.beta=0.5"), Run(made().path.parent / "sft")]
+    file = evaluate(runs, QUICK)
+    found = json.loads(file.read_text())
+    assert file.resolve() == (made().path.parent / "eval.json").resolve()
+    names = [model["name"] for model in found["models"]]
+    assert names == ["dpo", "dpo-beta0.5", "sft"] and found["against"] == "dpo"
+    assert len(found["win_rates"]) == 3 and {each["model"] for each in found["ratings"]} == set(names)
+    assert next(each["elo"]["mean"] for each in found["ratings"] if each["model"] == "dpo") == 1000
+    for a in names:
+        for b in found["matrix"][a]:
+            assert found["matrix"][a][b]["mean"] + found["matrix"][b][a]["mean"] == pytest.approx(1)
+    assert set(rows_of(found)["accuracy"]["values"]) == {"dpo", "dpo-beta0.5"}
+
+
+def test_of_two_runs_the_rating_is_the_win_rate_in_other_words(made):
+    found = json.loads(evaluate([made(), made("llama", "dpo.beta=0.5")], QUICK).read_text())
+    assert "win rate in other words" in found["ratings_note"]
+
+
+def test_an_sft_run_is_compared_with_its_base(made):
+    found = json.loads(evaluate([Run(made().path.parent / "sft")], QUICK).read_text())
+    assert [m["name"] for m in found["models"]] == ["base", "sft"] and found["against"] == "base"
+
+
+def test_prompt_files_bias_and_greedy_replies(made, tmp_path):
+    prompts, pairs = tmp_path / "asked.csv", tmp_path / "pairs.csv"
+    with prompts.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "label"], ["How do I grow beans?", "safe"], ["Hurt them", "unsafe"]])
+    pairs.write_text("sent_more,sent_less,bias_type\nBeans are rude.,Peas are rude.,food\nHi.,Ho.,age\n")
+    wishes = Wishes(replies=6, max_new_tokens=8, prompts=[prompts], bias=pairs, greedy=True, classifier=None)
+    found = json.loads(evaluate([made()], wishes).read_text())
+    rows = rows_of(found)
+    assert rows["refuses harmful, asked"]["values"]["dpo"]["n"] == 1
+    assert {"prefers the stereotype: all", "prefers the stereotype: age", "prefers the stereotype: food"} <= set(rows)
+    assert found["decoding"]["greedy"] and found["decoding"]["temperature"] == 0
+    assert found["prompt_files"] == [{"name": "asked", "known_as": "labelled prompts", "prompts": 2, "left_out": {}}]
+    assert {entry["prompts"] for entry in found["win_rates"]} == {"held-out"}  # the toy's rule knows only the toy
+    evaluate([made()], QUICK)
+
+
+def test_cases_are_chosen_by_rule(found, made):
+    kinds = [case["kind"] for case in found["cases"]]
+    assert kinds == sorted(kinds, key=["win", "loss", "random"].index) and kinds.count("random") == 3
+    points = lambda case: [toy.score(case["prompt"], case["replies"][name]) for name in ("dpo", "sft")]
+    leads = [a - b for a, b in (points(case) for case in found["cases"] if case["kind"] == "win")]
+    assert leads == sorted(leads, reverse=True) and all(lead > 0 for lead in leads)
+
+
+@pytest.mark.slow
+def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
+    """Its accuracy on a task of our own is that of comparing log-probabilities in a plain loop."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [row for row in toy.rows(load_recipe(made().recipe_file).data.toy) if row["split"] == "test"][:12]
+    cut = [(row["chosen"].rpartition(" ")[0], row["chosen"], row["rejected"]) for row in rows]
+    cut = [(c.rpartition("\n\nAssistant:")[0] + "\n\nAssistant:", c, r) for _, c, r in cut]
+    tasks = [{"asked": p, "options": [c[len(p) :].strip(), r[len(p) :].strip()], "answer": 0} for p, c, r in cut]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (tmp_path / "toy_qa.yaml").write_text(
+        f"task: toy_qa\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/qa.jsonl}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{asked}}'\ndoc_to_choice: '{{options}}'\n"
+        "doc_to_target: '{{answer}}'\ntarget_delimiter: ' '\nmetric_list: [{metric: acc}]\n"
+    )
+    wishes = Wishes(replies=4, max_new_tokens=4, lm_eval=["toy_qa"], tasks_folder=tmp_path)
+    found = rows_of(json.loads(evaluate([made()], wishes).read_text()))["toy_qa: acc"]["values"]
+    lineup, tokenizer = line_up([made()]), AutoTokenizer.from_pretrained(made().model)
+    for candidate in lineup.candidates:
+        right = 0
+        with Bench().on(candidate) as model, torch.no_grad():
+            for task in tasks:
+                logps = []
+                for option in task["options"]:
+                    prompt = tokenizer(task["asked"])["input_ids"]
+                    ids = torch.tensor([prompt + tokenizer(f" {option}")["input_ids"]])
+                    scores = model(ids).logits[0, :-1].log_softmax(-1)
+                    chosen = scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+                    logps.append(chosen[len(prompt) - 1 :].sum().item())
+                right += logps[0] > logps[1]
+        assert found[candidate.name]["mean"] == pytest.approx(right / 12) and found[candidate.name]["n"] == 12
+    evaluate([made()], QUICK)
+
+
+# The command
+
+
+def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    assert cli.main(["eval", "llama.yaml", "--replies", "12", "--max-new-tokens", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) <= 120
+    for text in ("perplexity of chosen", "over sft", "KL per reply", "ratings:", "dpo − sft"):
+        assert text in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "gpt2.yaml"], "there is no run at runs/gpt2/dpo; `alignlab dpo gpt2.yaml` trains it"),
+        (["eval", "llama.yaml", "dpo.beta=0.9"], "there is no run at runs/llama/dpo-beta0.9"),
+        (["eval", "llama.yaml", "--run", "sft-x"], "`alignlab sft llama.yaml` trains it"),
+        (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json; `alignlab sweep llama.yaml` makes one"),
+        (["eval"], "which recipe?"),
+        (["eval", "llama.yaml", "--best", "--run", "dpo"], "give one of them"),
+        (["eval", "llama.yaml", "--runs", "dpo", "dpo"], "the same run is named twice"),
+        (["eval", "llama.yaml", "--judge", "gpt"], "--judge gpt is no judge; write rule, reward:NAME"),
+        (["eval", "llama.yaml", "--judge", "votes:none.csv"], "none.csv: no such file of votes"),
+        (["eval", "llama.yaml", "--prompts", "none.csv"], "none.csv: no such file"),
+        (["eval", "llama.yaml", "--max-new-tokens", "100"], "leaves room for prompts of 28 tokens"),
+        (["eval", "llama.yaml", "--lm-eval", "x", "--tasks-folder", "none"], "none: no such folder of lm-eval tasks"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, said, made, root, monkeypatch, capsys):
+    made()
+    monkeypatch.chdir(root)
+    assert cli.main(arguments) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("data:", "eval:"))]
+    assert len(err) == 1 and said in err[0]
+
+
+def test_best_is_the_run_that_the_sweep_chose(made, root, tmp_path):
+    other = made("llama", "dpo.beta=0.5")
+    made()
+    (root / "runs/llama/sweep.json").write_text(json.dumps({"choice": other.path.name, "why": "x", "members": []}))
+    (found,) = find_runs(str(root / "llama.yaml"), best=True, root=root / "runs")
+    assert found.path == other.path
+    (root / "runs/llama/sweep.json").write_text(json.dumps({"choice": None, "why": "all above KL 10", "members": []}))
+    with pytest.raises(RunError, match="chose none of its members"):
+        find_runs(str(root / "llama.yaml"), best=True, root=root / "runs")
+    (root / "runs/llama/sweep.json").unlink()
+
+
+def test_a_run_directory_can_be_named_itself(made):
+    assert find_runs(str(made().path))[0].path == made().path
+
+
+def test_other_tokenizers_and_formats_are_not_compared(made, shared, root, tmp_path):
+    stories = tmp_path / "stories.yaml"
+    text = RECIPE.format(name=shared / "models/stories260K").replace("max_prompt_tokens: 80", "max_prompt_tokens: 200")
+    stories.write_text(text)
+    other = train_sft(load_recipe(str(stories), ["sft.max_steps=1", "data.max_reply_tokens=200"]), root=root / "runs")
+    with pytest.raises(RunError, match="their tokenizers differ") as caught:
+        evaluate([made(), other], QUICK)
+    assert "perplexity per token means something else" in str(caught.value)
+    plain = Run(shutil.copytree(made().path, made().path.parent / "alpaca"))
+    plain.recipe_file.write_text(plain.recipe_file.read_text().replace("format: hh", "format: alpaca"))
+    with pytest.raises(RunError, match="their prompt formats differ"):
+        evaluate([made(), plain], QUICK)
+    shutil.rmtree(plain.path)
+
+
+def test_an_sft_run_that_was_trained_again_is_not_taken_for_the_reference(made, tmp_path):
+    shutil.copytree(made().path.parent, tmp_path / "llama")
+    sft = tmp_path / "llama/sft/model/adapter_model.safetensors"
+    shutil.copyfile(made().model / "adapter_model.safetensors", sft)
+    with pytest.raises(RunError, match="its weights have changed since"):
+        line_up([Run(tmp_path / "llama" / made().path.name)])
+
+
+def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
+    path = shutil.copytree(made().path, tmp_path / "dpo")
+    run = Run(path)
+    run.note(parent={**run.manifest["parent"], "run": "runs/gone/sft"})
+    with pytest.raises(AlignlabError, match="was trained from runs/gone/sft, which is not there"):
+        line_up([run])
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_where_it_was(made, root):
+    made()
+    replies = root / "runs/llama/replies"
+    shutil.rmtree(replies, ignore_errors=True)
+    arguments = ("eval", "llama.yaml", "--replies", "24", "--batch-size", "2")
+    lines = lambda: sum(file.read_bytes().count(b"\n") for file in replies.glob("*.jsonl"))
+    process = alignlab(root, *arguments, wait=False)
+    kill_when(process, lambda: lines() > 110)
+    kept = {file: file.read_bytes() for file in replies.glob("*.jsonl")}
+    assert alignlab(root, *arguments).returncode == 0
+    assert all(file.read_bytes().startswith(before.rpartition(b"\n")[0]) for file, before in kept.items())
+    resumed = without_time(root / "runs/llama/dpo/eval.json")
+    shutil.rmtree(replies)
+    assert alignlab(root, *arguments).returncode == 0
+    assert numbers(without_time(root / "runs/llama/dpo/eval.json")) == numbers(resumed)
+
+
+@pytest.mark.slow
+def test_batches_are_at_least_four_times_as_fast_as_one_by_one(shared):
+    """On real MT-Bench questions by a real model, and greedy replies are the same."""
+    folder = shared / "models/stories260K"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    lines = (shared / "data/prompts/mt_bench_questions.jsonl").read_text().splitlines()
+    prompts = [tokenizer(json.loads(line)["turns"][0])["input_ids"] for line in lines]
+    prompts = [ids for ids in prompts if len(ids) < 200][:32]
+
+    def timed(batch_size: int):
+        began = time.perf_counter()
+        replies = sample_replies(
+            model, tokenizer, prompts, max_new_tokens=64, seed=0, greedy=True, batch_size=batch_size
+        )
+        return time.perf_counter() - began, replies
+
+    timed(32)
+    together, batched = timed(32)
+    alone, single = timed(1)
+    print(f"{len(prompts)} prompts, 64 tokens: {alone:.1f} s one by one, {together:.1f} s in batches of 32: "
+          f"{alone / together:.1f} times as fast")  # fmt: skip
+    assert [reply.ids for reply in batched] == [reply.ids for reply in single]
+    assert alone > 4 * together
