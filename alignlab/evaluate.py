@@ -105,16 +105,19 @@ class Evaluation:
         sets = [self.held_out, *self._files()]
         self._announce(sets)
         rows, extra = self._preference()
-        rows += self._perplexity() + self._kl()
+        cost = self._perplexity()
         matches, judged = {}, None
         replies = {each.name: self._replies(each) for each in sets}
-        looks = self._watch(replies[HELD_OUT], extra.get("losses", {}))
+        looks = self._watch(replies[HELD_OUT], extra["losses"], cost)
+        rows += cost + self._kl()
         self.bench.hold()
         if self.judge:
             matches, judged = self._contests(sets, replies)
         rows = (judged["table"] if judged else []) + rows + self._safety(sets, replies) + looks
         rows += self._bias() + self._benchmarks() + preference.slices_as_table(extra["slices"])
         match = self._of_interest(matches.get(HELD_OUT, []))
+        if self.wishes.limit:
+            self.warnings.append(f"a quick look at {self.wishes.limit} pairs and prompts at most, by --limit")
         transcripts = [prompt.transcript for prompt in self.held_out.prompts]
         if self.judge is None:
             self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {contests.KINDS}")
@@ -253,7 +256,7 @@ class Evaluation:
         before = means[self.against.name]
         changes = [f"{name} {its / before - 1:+.1%}" for name, its in means.items() if name != self.against.name]
         note = f"change from {self.against.name}: {', '.join(changes)}" if changes else ""
-        return [table_row("cost", "perplexity of chosen", values, self.against.name, better="lower", note=note)]
+        return [table_row("cost", watch.PERPLEXITY, values, self.against.name, better="lower", note=note)]
 
     # Replies
 
@@ -277,7 +280,7 @@ class Evaluation:
         )
         return [row("reply", per_reply), row("token", per_token)] if per_reply else []
 
-    def _watch(self, replies: Mapping[str, Sequence[Reply]], losses: Mapping[str, float]) -> list[dict[str, Any]]:
+    def _watch(self, replies: Mapping[str, Sequence[Reply]], losses: Mapping[str, float], cost) -> list[dict[str, Any]]:
         ids = [prompt.ids for prompt in self.held_out.prompts]
         rows = watch.watch_rows({name: watch.look_at(ids, its) for name, its in replies.items()}, self.against.name)
         for candidate in self.candidates:
@@ -288,7 +291,7 @@ class Evaluation:
                     f"are at least what is said, and a judge saw no end; --max-new-tokens"
                 )
             if candidate.reference and name != self.against.name:
-                signs = watch.what_got_worse(rows, name, self.against.name)
+                signs = watch.what_got_worse([*rows, *cost], name, self.against.name)
                 self.warnings += watch.worse_text(name, self.against.name, signs, losses.get(name), float(np.log(2)))
         return rows
 

@@ -24,7 +24,7 @@ from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, sft_rows
 from alignlab.memory import Plan, plan
 from alignlab.recipe import ModelSection, Recipe
-from alignlab.train import with_weights, prepare_data
+from alignlab.train import prepare_data, with_weights
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
 STEPS, MICRO_BATCHES = 2, 2  # optimizer states come with the first step, gradients with its first micro-batch

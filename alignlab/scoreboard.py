@@ -9,6 +9,7 @@ from typing import Any
 
 LEFT_OUT = ("accuracy by slice",)  # of the table; eval.json and the report have them
 MEASURE = 40  # characters
+WIDEST = 22  # characters of a model's column
 LINES = 3  # of a warning
 
 
@@ -43,12 +44,17 @@ def _is_category(row: Mapping[str, Any]) -> bool:
 
 
 def _widths(names: Sequence[str]) -> list[int]:
-    return [max(15, len(name) + 2) for name in names]
+    return [min(max(15, len(name) + 2), WIDEST) for name in names]
+
+
+def _short(name: str) -> str:
+    return name if len(name) < WIDEST - 1 else f"{name[: WIDEST - 3]}…"
 
 
 def _heading(names: Sequence[str], ours: str, against: str) -> str:
-    columns = "".join(f"{name:>{width}}" for name, width in zip(names, _widths(names), strict=True))
-    return f"{'':{MEASURE}}{columns}{f'{ours} − {against}':>{max(17, len(ours + against) + 5)}}{'n':>7}"
+    columns = "".join(f"{_short(name):>{width}}" for name, width in zip(names, _widths(names), strict=True))
+    change = f"{_short(ours)} − {_short(against)}"
+    return f"{'':{MEASURE}}{columns}{change if len(change) < 17 else 'change':>17}{'n':>7}"
 
 
 def _row(row: Mapping[str, Any], names: Sequence[str], ours: str) -> str:
@@ -85,7 +91,9 @@ def _win(entry: Mapping[str, Any]) -> str:
     raw = entry["raw"]
     counts = f"{entry['wins']} wins, {entry['ties']} ties, {entry['losses']} losses; p = {entry['p_value']:.2g}"
     edges = f"95 % interval {raw['low']:.3f} to {raw['high']:.3f}"
-    return f"  {entry['a']} over {entry['b']}, {entry['prompts']}: {raw['mean']:.3f}, {edges} ({counts})"
+    return (
+        f"  {_short(entry['a'])} over {_short(entry['b'])}, {entry['prompts']}: {raw['mean']:.3f}, {edges} ({counts})"
+    )
 
 
 def _ratings(found: Mapping[str, Any]) -> list[str]:

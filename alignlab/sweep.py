@@ -33,7 +33,7 @@ def run_members(members: Members) -> dict[str, Any]:
     done, names = len(members.asked) - len(pending), ", ".join(member.name for member in members.asked)
     log.info("%d members, %d of them finished: %s", len(members.asked), done, names)
     if len(pending) > 1:
-        share(members)
+        _share_what_can_be(members)
     failures: dict[str, str] = {}
     table = collect(members)
     for number, member in enumerate(pending, 1):
@@ -52,15 +52,27 @@ def run_members(members: Members) -> dict[str, Any]:
 
 def share(members: Members) -> None:
     """What members share, made once: the SFT run, the prepared rows, and the reference's log-probabilities."""
+    for alike in _alike(_pending(members)):
+        _share(alike, members)
+
+
+def _share(alike: Sequence[Member], members: Members) -> None:
+    prepare_dpo(alike[0].recipe, root=members.folder.parent, runs=len(alike))
+    _free_memory()
+
+
+def _share_what_can_be(members: Members) -> None:
+    """The same; what cannot be made ends the sweep only where no member could do without."""
     groups = _alike(_pending(members))
     for alike in groups:
         try:
-            prepare_dpo(alike[0].recipe, root=members.folder.parent, runs=len(alike))
+            _share(alike, members)
         except Exception as e:
-            if len(groups) == 1:  # no member could do without
+            recipe = alike[0].recipe
+            can_start = recipe.model.start or _is_finished(Run(members.folder / run_name(recipe, "sft")))
+            if len(groups) == 1 and not can_start:
                 raise
-            log.error("what %d members share cannot be made: %s", len(alike), e)  # they will fail, each by its name
-        _free_memory()
+            log.error("%s: %s", alike[0].name, e)  # it will fail by its name, and perhaps no other
 
 
 def _refuse_several_processes() -> None:

@@ -16,7 +16,8 @@ LOOPS = 0.5  # share of repeated 4-grams from which a reply goes round in circle
 COPY_TOKENS = 8  # a run of so many tokens that stands in the prompt too is copied
 COPIED = 0.5  # share of a reply's runs from which it is a copy
 MORE_COPIES = MORE_EMPTY = 0.05  # share of replies
-GROUP = "replies"
+LESS_LIKELY = 1.25  # times the perplexity of the chosen replies from which it is a sign of its own
+GROUP, PERPLEXITY = "replies", "perplexity of chosen"
 
 
 class Reply(Protocol):
@@ -100,8 +101,11 @@ def watch_rows(looks: Mapping[str, Look], against: str) -> list[dict[str, Any]]:
 
 
 def what_got_worse(rows: Sequence[Mapping[str, Any]], name: str, against: str) -> list[str]:
-    """The signs, beyond chance and beyond the monitor's thresholds, that a model's replies are worse than before."""
-    by_measure = {row["measure"]: row for row in rows if row["group"] == GROUP}
+    """The signs, beyond chance and beyond the monitor's thresholds, that a model's replies are worse than before.
+
+    `rows` are those of the table; that of the perplexity of chosen replies counts where it is among them.
+    """
+    by_measure = {row["measure"]: row for row in rows}
     before = lambda row: row["values"][against]["mean"]
     signs = (
         ("ended by itself", -1, FEWER_ENDS, "replies that end by themselves {0:.0%} → {1:.0%}"),
@@ -116,6 +120,9 @@ def what_got_worse(rows: Sequence[Mapping[str, Any]], name: str, against: str) -
         ),
         ("length", 1, (LONGER - 1) * before(by_measure["length"]), "length {0:.0f} → {1:.0f} tokens"),
     )
+    if dear := by_measure.get(PERPLEXITY):
+        limit = (LESS_LIKELY - 1) * before(dear)
+        signs += ((PERPLEXITY, 1, limit, "perplexity of the chosen replies {0:.3g} → {1:.3g}"),)
     return [
         text.format(before(by_measure[measure]), by_measure[measure]["values"][name]["mean"])
         for measure, worse, limit, text in signs

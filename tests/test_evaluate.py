@@ -378,6 +378,7 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
 
 
 def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
+    made()
     monkeypatch.chdir(root)
     assert cli.main(["eval", "llama.yaml", "--replies", "12", "--max-new-tokens", "12"]) == 0
     shown = capsys.readouterr().out

@@ -19,6 +19,8 @@ from alignlab.recipe import DataSection
 
 ROWS = [{"prompt": f'say "{n}",\nplease', "chosen": "yes, é", "rejected": "no\u2028"} for n in range(5)]
 
+ONE_PAIR = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
+
 
 def write(path, rows):
     kind = "".join(path.suffixes)
@@ -87,7 +89,7 @@ def test_numbers_in_a_csv_are_numbers_and_other_cells_are_text(tmp_path):
         ("rows.json", b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt"', "rows.json:2: not JSON"),
         ("rows.jsonl", b'{"prompt": "q", "chosen": "a"', "rows.jsonl:1: not JSON"),
         ("rows.jsonl", b'{"a": ' + b"[" * 100_000, "rows.jsonl:1: not JSON"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n', mtime=0)[:40], "gz:1.*cut short"),
+        ("rows.jsonl.gz", gzip.compress(ONE_PAIR, mtime=0)[:40], "gz:1.*cut short"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_line_that_says_where(tmp_path, tokenizer, name, content, message):

@@ -17,13 +17,13 @@ from alignlab.fields import library_settings
 
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
-    "errors rules fields store written recipe listing arguments shapes tape layers memory plan run launch guards quality "
-    "summary transcript toy curves verdict replies reading facts charts report "
+    "errors rules fields store written recipe listing arguments shapes tape layers memory plan run launch guards "
+    "quality summary transcript toy curves verdict replies reading facts charts report "
     "files rows words format sources splits pairing ledger prepared identity preparation data describe "
     "intervals winrate ratings judge endpoint model measures generate heldout samples layout packing reference "
     "monitor pretrain trainers figures train probe members choice sweep chat card merge difference hub export "
     "lineup kept candidates answers estimates prompts refusals harm stereotypes watch preference contests safety "
-    "benchmarks scoreboard evaluate cli __main__"
+    "benchmarks scoreboard evaluate options cli __main__"
 ).split()
 TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.glob("*.py")}
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")

@@ -219,6 +219,16 @@ def test_a_member_that_fails_is_named_and_the_others_go_on(small, capsys):
     assert "failed: ImportError" in capsys.readouterr().out
 
 
+def test_the_first_members_own_fault_does_not_end_the_sweep(small, caplog):
+    """A prefetch factor without workers is refused by DPOConfig itself, so also while what all share is made."""
+    table = run_members(find_members("small", [], "0.5", ["dataloader_prefetch_factor=2,null"]))
+    assert caplog.text.count("dataloader_prefetch_factor can only be set") == 2
+    assert {member["run"]: member["status"] for member in table["members"]} == {
+        "dpo-beta0.5-dataloader_prefetch_factor2": "failed",
+        "dpo-beta0.5-dataloader_prefetch_factor=null": "finished",
+    }
+
+
 def test_what_no_member_can_do_without_ends_the_sweep_in_one_line(small, capsys):
     assert main(["sweep", "small", "data.source=pairs", "data.path=nowhere.jsonl"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("nowhere.jsonl")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from alignlab.estimates import table_row
 from alignlab.generate import Reply
-from alignlab.watch import copies, look_at, watch_rows, what_got_worse, worse_text
+from alignlab.watch import PERPLEXITY, copies, look_at, watch_rows, what_got_worse, worse_text
 
 PROMPT = list(range(100, 120))
 GOOD = Reply((1, 2, 3, 4, 5, 6, 0), " fine", True)
@@ -53,3 +54,10 @@ def test_loss_falls_and_quality_falls_is_said():
 
 def test_better_replies_are_not_worse():
     assert what_got_worse(rows_of(sft=[LOOP, EMPTY] * 15, dpo=[GOOD] * 30), "dpo", "sft") == []
+
+
+def test_chosen_replies_that_have_become_unlikely_are_a_sign():
+    dear = lambda after: table_row("cost", PERPLEXITY, {"sft": [1.5, 1.6] * 9, "dpo": [after, after + 0.1] * 9}, "sft")
+    rows = rows_of(sft=[GOOD] * 9, dpo=[GOOD] * 9)
+    assert what_got_worse([*rows, dear(1.6)], "dpo", "sft") == []
+    assert what_got_worse([*rows, dear(2.0)], "dpo", "sft") == ["perplexity of the chosen replies 1.55 → 2.05"]
