@@ -165,11 +165,11 @@ def _figures(path: Path, facts: Mapping[str, Any], beta: float) -> dict[str, Any
 
 def _logratios(path: Path) -> list[tuple[float, float]]:
     """log π ÷ π_ref of each validation pair's chosen and rejected reply, in nats, where the run has kept them."""
-    return [(row["chosen"], row["rejected"]) for row in _lines(path / "scores.jsonl") if row["split"] == SPLIT]
+    return [(row["chosen"], row["rejected"]) for row in _lines(Run(path).scores_file) if row["split"] == SPLIT]
 
 
 def _replies(path: Path, step: int) -> int | None:
-    return sum(row["step"] == step and row["split"] == SPLIT for row in _lines(path / "samples.jsonl")) or None
+    return sum(row["step"] == step and row["split"] == SPLIT for row in _lines(Run(path).samples_file)) or None
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from alignlab import heldout, toy
+from alignlab.data import Prepared
 from alignlab.format import stops_of
 from alignlab.heldout import PairLogps
 from alignlab.measures import Estimate, estimate
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
-from alignlab.run import Run
+from alignlab.run import Run, write_lines
 from alignlab.samples import HeldOutPrompts, Samples
 from alignlab.trainers import AlignDPOTrainer
 
@@ -29,16 +31,18 @@ def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, seed: int) -> H
 
 
 def figures_on_test(
-    trainer: AlignDPOTrainer, recipe: Recipe, pairs: Dataset, run: Run, share: tuple[int, int]
+    trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run, share: tuple[int, int]
 ) -> dict[str, Any]:
-    """Estimates over the test pairs, and over replies to the test prompts."""
+    """Estimates over the test pairs, and over replies to the test prompts; `scores.jsonl` has each held-out pair's."""
     tokenizer = trainer.processing_class
-    policy = heldout.score_pairs(trainer.model, pairs, tokenizer.pad_token_id)
-    reference = _reference_logps(trainer, pairs, policy)
+    scored = {split: _score(trainer, of) for split, of in (("validation", pairs.validation), ("test", pairs.test))}
+    if run.is_writer:
+        write_lines(run.scores_file, _scores(scored))
+    policy, reference = scored["test"]
     found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
     found["perplexity"] = heldout.reply_perplexity(policy)
     found["reference_perplexity"] = heldout.reply_perplexity(reference)
-    samples = Samples(run, tokenizer, held_out_prompts(recipe, pairs, "test", trainer.args.seed), share)
+    samples = Samples(run, tokenizer, held_out_prompts(recipe, pairs.test, "test", trainer.args.seed), share)
     best = trainer.state.best_global_step
     step = trainer.state.global_step if best is None else best
     replies = samples.measure(trainer.model, step, trainer.reference_context())
@@ -48,9 +52,23 @@ def figures_on_test(
     return found
 
 
+def _score(trainer: AlignDPOTrainer, pairs: Dataset) -> tuple[PairLogps, PairLogps]:
+    """What policy and reference make of these pairs."""
+    policy = heldout.score_pairs(trainer.model, pairs, trainer.processing_class.pad_token_id)
+    return policy, _reference_logps(trainer, pairs, policy)
+
+
+def _scores(scored: Mapping[str, tuple[PairLogps, PairLogps]]) -> Iterator[dict[str, Any]]:
+    """Of each pair the log-ratio of policy to reference of both replies, in nats."""
+    for split, (policy, reference) in scored.items():
+        chosen, rejected = policy.chosen_N - reference.chosen_N, policy.rejected_N - reference.rejected_N
+        for number, (ours, theirs) in enumerate(zip(chosen.tolist(), rejected.tolist(), strict=True)):
+            yield {"split": split, "pair": number, "chosen": ours, "rejected": theirs}
+
+
 def _reference_logps(trainer: AlignDPOTrainer, pairs: Dataset, policy: PairLogps) -> PairLogps:
-    """From the store where they are there, else from the reference itself."""
-    if set(COLUMNS) <= set(pairs.column_names):
+    """From the store where they are there, and those of the replies as they are, else from the reference itself."""
+    if set(COLUMNS) <= set(pairs.column_names) and trainer.args.ld_alpha is None:
         chosen, rejected = (torch.tensor(list(pairs[name])) for name in COLUMNS)
         return PairLogps(chosen, rejected, policy.chosen_tokens_N)
     with trainer.as_reference() as model:

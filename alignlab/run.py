@@ -46,6 +46,10 @@ class Run:
         return self.path / "samples.jsonl"
 
     @property
+    def scores_file(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
     def dropped_file(self) -> Path:
         return self.path / "dropped.jsonl"
 
@@ -141,6 +145,10 @@ def opened(
 
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
+    if run.is_finished and not force:  # only read, by as many at once as start from it
+        _refuse_other_settings(run, stage, consumed)
+        yield run
+        return
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
         lock.acquire(timeout=0)

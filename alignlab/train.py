@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import resource
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
-from alignlab.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
+from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.run import Run
 from alignlab.samples import Samples
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
@@ -52,7 +53,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         if replies is not pairs:
             run.note(sft_data=_facts_of(replies))
         checkpoint = _resume_point(run)
-        args = sft_config(recipe, _here(run, len(rows), checkpoint))
+        args = sft_config(recipe, _here(run.checkpoints, len(rows), checkpoint))
         models.check_positions(models.load_config(section), args.max_length, "sft")
         set_seed(args.seed)
         weights = models.load_weights(section)
@@ -70,9 +71,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
 
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
-    sft = None if recipe.model.start else _sft_run(recipe, root)
-    section = with_weights(recipe).model
-    start = models.find_start(section, sft.model if sft else None)
+    sft, section, start = _start(recipe, root)
     parent = _parent(sft, start)
     with _opened(recipe, "dpo", root, name, force) as run:
         _refuse_other_parent(run, parent)
@@ -80,20 +79,8 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
             return run
         tokenizer, pairs = _prepared(recipe, run)
         checkpoint = _resume_point(run)
-        args = dpo_config(recipe, _here(run, len(pairs.train), checkpoint))
-        models.check_positions(models.load_config(section), args.max_length, "dpo")
-        set_seed(args.seed)
-        policy, reference = models.load_policy(section, start)
-        trainer = AlignDPOTrainer(
-            policy,
-            reference,
-            args,
-            train_dataset=pairs.train,
-            eval_dataset=pairs.validation,
-            processing_class=tokenizer,
-        )
-        if isinstance(policy, PeftModel):
-            models.settle_adapters(policy, section)
+        here = _here(run.checkpoints, len(pairs.train), checkpoint)
+        trainer = _dpo_trainer(recipe, section, start, here, tokenizer, pairs)
         base = models.identify(section)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
@@ -101,8 +88,43 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         pairs = _with_stored_reference(trainer, section, start, pairs, run, known=base, prefix_sharing=shared)
         _check_start(trainer, recipe, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
-        _finish(trainer, run, test=figures_on_test(trainer, recipe, pairs.test, run, _share(trainer)))
+        _finish(trainer, run, test=figures_on_test(trainer, recipe, pairs, run, _share(trainer)))
     return run
+
+
+def prepare_dpo(recipe: Recipe, *, root: Path = Path("runs"), runs: int = 1) -> None:
+    """What several DPO runs share, made once: the SFT run, the prepared rows, and the reference's log-probabilities.
+
+    The last are stored where `runs` runs together would ask the reference for more pairs than there are to store.
+    """
+    _, section, start = _start(recipe, root)
+    tokenizer, pairs = prepare_data(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _dpo_trainer(recipe, section, start, _here(Path(folder), len(pairs.train)), tokenizer, pairs)
+        shared = trainer.share_prefixes(section.prefix_sharing)
+        known = models.identify(section)
+        found, online = _look_up(trainer, section, start, pairs, known=known, prefix_sharing=shared)
+        if found.missing and worth_storing(found, runs * online):
+            log.info("%s", complete(found, trainer.score_reference)[1])
+
+
+def _start(recipe: Recipe, root: Path) -> tuple[Run | None, ModelSection, models.Start]:
+    """What DPO starts from: the SFT run, where the recipe has one, and the model with its weights."""
+    sft = None if recipe.model.start else _sft_run(recipe, root)
+    section = with_weights(recipe).model
+    return sft, section, models.find_start(section, sft.model if sft else None)
+
+
+def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, here: Circumstances, tokenizer, pairs):
+    args = dpo_config(recipe, here)
+    models.check_positions(models.load_config(section), args.max_length, "dpo")
+    set_seed(args.seed)
+    policy, reference = models.load_policy(section, start)
+    rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
+    trainer = AlignDPOTrainer(policy, reference, args, **rows, processing_class=tokenizer)
+    if isinstance(policy, PeftModel):
+        models.settle_adapters(policy, section)
+    return trainer
 
 
 def sft_config(recipe: Recipe, here: Circumstances) -> SFTConfig:
@@ -118,9 +140,9 @@ def _processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _here(run: Run, rows: int, checkpoint: Path | None) -> Circumstances:
+def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> Circumstances:
     world = _processes().num_processes
-    return Circumstances(run.checkpoints, rows, not torch.cuda.is_available(), world, checkpoint is not None)
+    return Circumstances(folder, rows, not torch.cuda.is_available(), world, checkpoint is not None)
 
 
 @contextlib.contextmanager
@@ -287,20 +309,27 @@ def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
 
 
-def _with_stored_reference(
-    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, run: Run, **facts: Any
-) -> Prepared:
-    """The pairs with the reference's log-probabilities from the store, where that costs less than asking it again."""
+def _look_up(
+    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, **facts: Any
+) -> tuple[Found, int]:
+    """What the store knows of these pairs, and for how many a run without it would ask the reference."""
     args = trainer.args
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # the reference is in place only once training begins
-        return pairs
     identity = identify_reference(section, start, ld_alpha=args.ld_alpha, **facts)
     splits = {"train": pairs.train, "validation": pairs.validation}
     if args.ld_alpha is None:  # the test figures are of the replies as they are
         splits["test"] = pairs.test
     found = look_up(identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
     online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), _processes().num_processes)
-    online += len(splits.get("test", ()))
+    return found, online + len(splits.get("test", ()))
+
+
+def _with_stored_reference(
+    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, run: Run, **facts: Any
+) -> Prepared:
+    """The pairs with the reference's log-probabilities from the store, where that costs less than asking it again."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # the reference is in place only once training begins
+        return pairs
+    found, online = _look_up(trainer, section, start, pairs, **facts)
     stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
     if not stored:
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))

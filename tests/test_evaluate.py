@@ -379,6 +379,7 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
 
 def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
     made()
+    capsys.readouterr()
     monkeypatch.chdir(root)
     assert cli.main(["eval", "llama.yaml", "--replies", "12", "--max-new-tokens", "12"]) == 0
     shown = capsys.readouterr().out
@@ -406,6 +407,7 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
 )
 def test_what_is_wrong_is_one_line(arguments, said, made, root, monkeypatch, capsys):
     made()
+    capsys.readouterr()
     monkeypatch.chdir(root)
     assert cli.main(arguments) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("data:", "eval:"))]

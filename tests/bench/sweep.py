@@ -5,10 +5,10 @@
     python tests/bench/sweep.py llama-25m --pairs 64 --betas 0.5,0.1
 
 Both sides are timed from start to end of their processes: imports, data, the reference, training, and evaluation of
-the same held-out pairs before the first step and after the last. The sweep also samples replies for the KL and scores
-a test split, which stock TRL does not, and keeps checkpoints; the replies of a random model never end by themselves,
-so that they are cut early. Half of the stock runs come before the sweep and half
-after it. Both train on the same ids in the same order, which is checked, and their training losses are compared.
+the same held-out pairs before the first step and after the last. The sweep also samples replies for the KL, scores a
+test split and keeps checkpoints, which stock TRL does not; a random model's replies never end by themselves, so that
+they are cut early. Half of the stock runs come before the sweep and half after it. Both sides train on the same ids in
+the same order, which is checked, and their training losses are compared.
 """
 
 from __future__ import annotations
