@@ -1,0 +1,212 @@
+"""The table of a sweep and the choice from it, on runs as training leaves them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alignlab import run as runs
+from alignlab.choice import Figure, Row, choose, chosen_run, collect, render
+from alignlab.errors import RecipeError, RunError
+from alignlab.members import Members, find_members
+from alignlab.recipe import consumed, write_yaml
+from alignlab.run import Run
+
+RECIPE = """
+about: never trained
+extends: tiny
+dpo: {beta: 0.7, max_steps: 4}
+monitor: {kl: {max_new_tokens: 8}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Path:
+    """A working directory with the recipe `small`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def write_run(
+    members: Members, number: int, margin: float, kl: float = 3.0, scores: list | None = None, **facts
+) -> Run:
+    """A finished run of a member as training leaves it: evaluated before the first step and at step 4."""
+    member = members.all[number]
+    at = {"eval/loss": 0.5, "eval/rewards/accuracies": 0.8, "eval/rewards/accuracies_stderr": 0.04}
+    rows = [
+        {"step": 0, **at, "eval/rewards/margins": 0.0, "eval/kl": 0.0, "eval/kl_stderr": 0.0, "eval/perplexity": 2.0},
+        {"step": 4, **at, "eval/rewards/margins": margin, "eval/kl": kl, "eval/kl_stderr": 0.5, "eval/perplexity": 2.1},
+    ]
+    path = members.folder / member.name
+    with runs.opened(path, "dpo", consumed(member.recipe, "dpo"), write_yaml(member.recipe)) as run:
+        runs.write_lines(run.metrics_file, rows)
+        runs.write_lines(run.samples_file, [{"step": 4, "split": "validation", "prompt": "?", "reply": "!"}] * 16)
+        if scores is not None:
+            written = [{"split": "validation", "pair": n, "chosen": c, "rejected": 0.0} for n, c in enumerate(scores)]
+            runs.write_lines(path / "scores.jsonl", written)
+        data = {"kept": {"train": 9, "validation": 100, "test": 50}, "fingerprint": "same", **facts}
+        run.note(status="finished", best_step=4, steps=4, data=data, test={})
+    return run
+
+
+def test_the_largest_margin_below_the_kl_limit_is_chosen(small):
+    """Margins 2, 1, 0.5 at KL 12, 9.9, 1: the first is out, the second is near the limit and leads by margin."""
+    members = find_members("small", [], "0.05,0.1,0.5")
+    for number, (margin, kl) in enumerate([(0.5, 1.0), (1.0, 9.9), (2.0, 12.0)]):
+        write_run(members, number, margin, kl)
+    table = collect(members)
+    assert table["choice"] == "dpo-beta0.1" and table["split"] == "validation"
+    assert "of 2 members with KL below 10" in table["why"]
+    assert "its KL of 9.9 ± 0.5 is within two standard errors of the limit" in table["why"]
+    assert "margin ÷ beta is largest for dpo-beta0.1" in table["why"]
+    row = table["members"][1]
+    assert row["margin_over_beta"]["mean"] == pytest.approx(1.0 / 0.1)
+    assert row["perplexity_change"] == pytest.approx(2.1 / 2.0 - 1)
+    assert (row["kl"]["n"], row["accuracy"]["n"]) == (16, 100)
+    assert row["accuracy"]["stderr"] == 0.04
+    wider = collect(find_members("small", ["sweep.max_kl=15"], "0.05,0.1,0.5"))
+    assert wider["choice"] == "dpo-beta0.05" and "KL below 15" in wider["rule"]
+
+
+def test_where_no_member_is_inside_the_limit_none_is_chosen(small):
+    members = find_members("small", [], "0.5,0.1")
+    for number, kl in enumerate([12.0, 30.0]):
+        write_run(members, number, 1.0, kl)
+    table = collect(members)
+    assert table["choice"] is None and "the lowest is 12 ± 0.5 of dpo-beta0.5" in table["why"]
+    with pytest.raises(RunError, match="has chosen no member: no member has a KL below 10"):
+        chosen_run(members.folder)
+
+
+def test_two_members_are_compared_over_the_same_pairs(small):
+    """Log-ratios 1, 2, 3, 4 against 2, 4, 6, 8 at betas 0.2 and 0.1: margins of each pair equal, difference 0 ± 0.
+
+    With 0.4 in place of 0.2 the differences are 0.2, 0.4, 0.6, 0.8: mean 0.5, stderr √(0.0667/4) = 0.129.
+    """
+    members = find_members("small", [], "0.2,0.1")
+    write_run(members, 0, 0.5, scores=[1.0, 2.0, 3.0, 4.0])
+    write_run(members, 1, 0.5, scores=[2.0, 4.0, 6.0, 8.0])
+    table = collect(members)
+    assert "cannot be told apart" in table["why"] and "difference 0 ± 0, paired over the same 4 pairs" in table["why"]
+    assert table["members"][0]["margin"] == {"mean": 0.5, "stderr": pytest.approx(math.sqrt(1 / 15 / 4)), "n": 4}
+    assert table["members"][0]["accuracy"] == {"mean": 1.0, "stderr": 0.0, "n": 4}
+    members = find_members("small", [], "0.4,0.1")
+    write_run(members, [m.beta for m in members.all].index(0.4), 1.0, scores=[1.0, 2.0, 3.0, 4.0])
+    assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members)["why"]
+
+
+def test_runs_that_kept_no_scores_say_that_the_error_is_not_known(small):
+    members = find_members("small", [], "0.5,0.1")
+    write_run(members, 0, 1.0)
+    write_run(members, 1, 0.9)
+    assert "is not known, as their standard errors were not recorded" in collect(members)["why"]
+
+
+def test_runs_of_different_data_are_compared_with_a_banner(small):
+    members = find_members("small", [], "0.5,0.1")
+    write_run(members, 0, 1.0, scores=[1.0, 2.0])
+    write_run(members, 1, 0.9, scores=[1.0, 2.0], fingerprint="other")
+    table = collect(members)
+    (warning,) = table["warnings"]
+    assert warning.startswith("the members were made from different data") and "dpo-beta0.1 other" in warning
+    assert table["choice"] == "dpo-beta0.5" and "as of independent estimates" in table["why"]
+    assert f"! {warning}" in render(table, members.folder)
+
+
+def test_kl_measured_otherwise_is_said(small):
+    write_run(find_members("small", ["monitor.kl.max_new_tokens=64"], "0.5"), 0, 1.0)
+    members = find_members("small", [], "0.5,0.1")
+    write_run(members, 1, 0.9)
+    (warning,) = collect(members)["warnings"]
+    assert warning == "KL was not measured alike: monitor.kl.max_new_tokens is dpo-beta0.5 64, dpo-beta0.1 8"
+
+
+def test_a_metrics_file_cut_off_by_a_crash_is_used_up_to_there_and_said(small, caplog):
+    members = find_members("small", [], "0.5,0.1")
+    cut = write_run(members, 0, 1.0)
+    with cut.metrics_file.open("a") as file:
+        file.write('{"step": 8, "eval/lo')
+    write_run(members, 1, 0.9)
+    assert collect(members)["choice"] == "dpo-beta0.5"
+    assert (
+        "the last line of metrics.jsonl is cut off, by a crash or a write under way: used up to step 4" in caplog.text
+    )
+
+
+def test_what_cannot_be_used_is_named_and_the_others_are_collected(small):
+    """One of five is good; the others have no metrics, lack the step they kept, are of other settings, or missing."""
+    members = find_members("small", [], "0.5,0.4,0.3,0.2,0.1")
+    write_run(members, 0, 1.0)
+    write_run(members, 1, 1.0).metrics_file.unlink()
+    write_run(members, 2, 1.0).note(best_step=2)
+    other = write_run(members, 3, 1.0)
+    other.note(consumed={**other.manifest["consumed"], "dpo": {**other.manifest["consumed"]["dpo"], "max_steps": 3}})
+    table = collect(members)
+    assert [member["status"] for member in table["members"]] == ["finished", "failed", "failed", "failed", "missing"]
+    errors = [member["error"] for member in table["members"]]
+    assert "is finished, but has no metrics.jsonl" in errors[1] and "has no evaluation at step 2" in errors[2]
+    assert "made from other settings: dpo.max_steps was 3, is 4" in errors[3] and errors[4] is None
+    assert all("\n" not in error for error in errors if error)
+    assert table["choice"] == "dpo-beta0.5" and "the one member with KL below 10" in table["why"]
+    assert "missing" in render(table, members.folder)
+
+
+def test_a_run_that_is_still_going_counts_once_it_is_finished(small):
+    members = find_members("small", [], "0.5,0.1")
+    write_run(members, 0, 1.0).note(status="running")
+    write_run(members, 1, 0.9)
+    table = collect(members)
+    assert table["members"][0]["status"] == "running" and table["choice"] == "dpo-beta0.1"
+
+
+def test_there_is_no_best_without_a_sweep(tmp_path):
+    with pytest.raises(RunError, match="make it with alignlab sweep"):
+        chosen_run(tmp_path / "small")
+
+
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 20), st.sampled_from([0.5, 0.1])), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_choice_is_inside_the_limit_beats_the_others_and_depends_on_no_order(figures, random):
+    tiny = find_members("tiny", [], "0.5,0.1")
+    by_beta = {member.beta: member for member in tiny.asked}
+    facts = {"data": {}, "settings": {}}
+    rows = [
+        Row(by_beta[beta], Path("x"), "finished", facts=facts, figures=figures_of(margin, kl, beta))
+        for margin, kl, beta in figures
+    ]
+    chosen, why = choose(rows, 10.0)
+    inside = [row.figures["margin"].mean for row in rows if row.figures["kl"].mean < 10]
+    assert (chosen is None) == (not inside) and "\n" not in why
+    if chosen:
+        assert chosen.figures["margin"].mean == max(inside) and chosen.figures["kl"].mean < 10
+        random.shuffle(rows)
+        again = choose(rows, 10.0)[0]
+        assert again.figures["margin"] == chosen.figures["margin"]
+
+
+def figures_of(margin: float, kl: float, beta: float) -> dict[str, Figure]:
+    return {
+        "margin": Figure(margin, 0.1, 100),
+        "margin_over_beta": Figure(margin / beta, 0.1 / beta, 100),
+        "kl": Figure(kl, 0.5, 32),
+    }
+
+
+def test_a_recipe_that_changed_leaves_its_old_members_out(small):
+    members = find_members("small", [], "0.5")
+    write_run(members, 0, 1.0)
+    collect(members)
+    text = (small / "recipes" / "small.yaml").read_text()
+    (small / "recipes" / "small.yaml").write_text(text.replace("beta: 0.7", "beta: 0.5"))
+    assert find_members("small", [], "0.1").earlier == []
+    with pytest.raises(RecipeError):
+        find_members("nothing")
