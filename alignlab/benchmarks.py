@@ -21,11 +21,11 @@ TIMES = 1.96  # of lm-eval's standard error, for its interval
 
 
 def check_benchmarks(tasks: Sequence[str], folder: Path | None) -> None:
-    """Says at once that lm-eval is not installed, or that a task's folder is not there."""
-    if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise MachineError("--lm-eval needs lm-eval, which is not installed; pip install 'alignlab[lm-eval]'")
+    """Says at once that a task's folder is not there, or that lm-eval is not installed."""
     if folder and not folder.is_dir():
         raise DataError(f"{folder}: no such folder of lm-eval tasks")
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise MachineError("--lm-eval needs lm-eval, which is not installed; pip install 'alignlab[lm-eval]'")
 
 
 def run_benchmarks(

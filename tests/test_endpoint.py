@@ -190,7 +190,8 @@ def test_no_more_requests_at_once_than_asked_for(server):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
 from alignlab.endpoint import EndpointJudge
 from alignlab.judge import Contest, judge_contests
 contests = [Contest(f"Question {i}?", "a" * (i % 7 + 1), "b" * (i % 5 + 1)) for i in range(40)]
