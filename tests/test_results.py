@@ -51,7 +51,7 @@ def test_with_shuffled_labels_both_vanish(tmp_path):
 
 HOT = [
     "dpo.loss_type=sigmoid",
-    "dpo.learning_rate=3e-3",
+    "dpo.learning_rate=5e-3",
     "dpo.eval_steps=10",
     "monitor.patience=null",
     "monitor.max_kl=10",
@@ -59,7 +59,7 @@ HOT = [
 
 
 def test_a_run_that_collapses_is_stopped_with_a_checkpoint_that_has_not(tmp_path):
-    """Six times tiny's learning rate, without the SFT term: let run, KL passes 50 nats with accuracy above 0.9.
+    """Ten times tiny's learning rate, without the SFT term: let run, KL passes 50 nats with accuracy above 0.9.
 
     Stopped by the guard, the same run keeps a checkpoint below the limit whose replies win by the toy's rule.
     """
