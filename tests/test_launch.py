@@ -82,14 +82,14 @@ def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
 
 
 def test_killed_on_two_ranks_and_resumed_is_the_run_that_was_never_killed(workplace):
-    whole, killed = Run(workplace / "runs/plain2/dpo"), Run(workplace / "runs/plain2/killed")
+    whole, killed = Run(workplace / "runs/plain2/dpo"), Run(workplace / "runs/plain2/felled")
     for stage in ("sft", "dpo"):
         assert on_two_ranks(workplace, stage, "plain2").returncode == 0
-    process = on_two_ranks(workplace, "dpo", "plain2", "--run", "killed", wait=False)
+    process = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled", wait=False)
     wait_until(process, lambda: any(row["step"] > 4 for row in read_lines(killed.metrics_file)))
-    subprocess.run(["pkill", "-KILL", "-f", "--", "--run killed"], check=True)  # torch gives each rank a session
+    subprocess.run(["pkill", "-KILL", "-f", "--", "--run felled"], check=True)  # torch gives each rank a session
     process.wait()
-    resumed = on_two_ranks(workplace, "dpo", "plain2", "--run", "killed")
+    resumed = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled")
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
     same(killed, whole)
 
