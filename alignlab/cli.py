@@ -67,7 +67,7 @@ def _show(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab.data import write_pairs
-    from alignlab.describe import describe, render
+    from alignlab.data.describe import describe, render
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
@@ -95,8 +95,8 @@ def _eval(args: argparse.Namespace) -> None:
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
     from alignlab.evaluate import Wishes, evaluate
+    from alignlab.evaluate.scoreboard import show
     from alignlab.report import report_line
-    from alignlab.scoreboard import show
 
     paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
@@ -128,7 +128,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     if args.push:
-        from alignlab.hub import check_push
+        from alignlab.export.hub import check_push
 
         check_push(args.push, args.public)
     from alignlab.export import Wish, export, find_run, summarize
@@ -138,13 +138,13 @@ def _export(args: argparse.Namespace) -> None:
     made = export(run, Path(args.to), wish)
     print(summarize(made))
     if args.push:
-        from alignlab.hub import push
+        from alignlab.export.hub import push
 
         print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
 
 def _cache(args: argparse.Namespace) -> None:
-    from alignlab.prepared import clear_prepared, list_prepared
+    from alignlab.data.prepared import clear_prepared, list_prepared
     from alignlab.store import clear_store, list_store
 
     if args.clear:
@@ -175,8 +175,8 @@ def _train(args: argparse.Namespace) -> int | None:
 
 
 def _sweep(args: argparse.Namespace) -> int | None:
-    from alignlab.choice import collect, render
-    from alignlab.members import commands, find_members
+    from alignlab.sweep.choice import collect, render
+    from alignlab.sweep.members import commands, find_members
 
     members = find_members(args.recipe, args.overrides, args.betas, args.grid)
     if args.print:
@@ -185,7 +185,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
     if args.collect:
         table = collect(members)
     else:
-        from alignlab.sweep import run_members, share
+        from alignlab.sweep.runner import run_members, share
 
         if args.shared:
             return share(members)

@@ -22,7 +22,7 @@ from trl import DPOConfig, SFTConfig
 from alignlab import model as models
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, sft_rows
-from alignlab.memory import Plan, plan
+from alignlab.plan.memory import Plan, plan
 from alignlab.recipe import ModelSection, Recipe
 from alignlab.train import prepare_data, with_weights
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer

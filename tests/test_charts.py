@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.charts import apart, draw_curves, draw_frontier, ellipsis
+from alignlab.report.charts import apart, draw_curves, draw_frontier, ellipsis
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab import run as runs
-from alignlab.choice import Figure, Row, choose, chosen_run, collect, render
 from alignlab.errors import RecipeError, RunError
-from alignlab.members import Members, find_members
 from alignlab.recipe import consumed, write_yaml
 from alignlab.run import Run
+from alignlab.sweep.choice import Figure, Row, choose, chosen_run, collect, render
+from alignlab.sweep.members import Members, find_members
 
 RECIPE = """
 about: never trained

@@ -17,14 +17,13 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignlab import preparation
-from alignlab.data import prepare, sft_rows, write_pairs
-from alignlab.describe import describe, render
+from alignlab.data import preparation, prepare, sft_rows, write_pairs
+from alignlab.data.describe import describe, render
+from alignlab.data.pairing import CUT, FOLDED, SHORTENED
+from alignlab.data.sources import plain_pairs
+from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
-from alignlab.pairing import CUT, FOLDED, SHORTENED
 from alignlab.recipe import DataSection, ToySection
-from alignlab.sources import plain_pairs
-from alignlab.splits import SPLITS
 
 SHARED = Path(__file__).parents[2] / "shared"
 HH = SHARED / "data" / "hh-rlhf"
@@ -534,7 +533,7 @@ class Refusing(BaseHTTPRequestHandler):
 def hub_error(path, **environment):
     """What find_parts says about a hub id, in a process that talks to another hub."""
     code = (
-        "import sys\nfrom alignlab.recipe import DataSection\nfrom alignlab.rows import find_parts\n"
+        "import sys\nfrom alignlab.recipe import DataSection\nfrom alignlab.data.rows import find_parts\n"
         "try:\n    find_parts(DataSection(source='pairs', path=sys.argv[1]))\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
@@ -602,7 +601,9 @@ def test_the_description_counts_what_a_reader_counts(tmp_path, words):
 
 
 def test_preparing_leaves_torch_and_transformers_to_those_who_need_them():
-    code = "import sys, alignlab.data, alignlab.describe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, alignlab.data, alignlab.data.describe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

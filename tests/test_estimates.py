@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
+from alignlab.evaluate.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
 from alignlab.intervals import mean_interval
 from alignlab.quality import distinct
 

@@ -14,11 +14,11 @@ from commands import alignlab, kill_when
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab import answers, cli, toy
+from alignlab import cli, toy
 from alignlab import model as models
-from alignlab.candidates import Bench, line_up
 from alignlab.errors import AlignlabError, RunError
-from alignlab.evaluate import Wishes, evaluate
+from alignlab.evaluate import Wishes, answers, evaluate
+from alignlab.evaluate.candidates import Bench, line_up
 from alignlab.generate import reply_logits, sample_replies
 from alignlab.lineup import find_runs
 from alignlab.measures import kl_per_reply

@@ -16,13 +16,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab import difference
-from alignlab.card import is_local, paths_in, publishable
-from alignlab.chat import chat_template
 from alignlab.cli import main
-from alignlab.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.errors import AlignlabError
-from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export, find_run
+from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export, find_run
+from alignlab.export.card import is_local, paths_in, publishable
+from alignlab.export.chat import chat_template
+from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
 from alignlab.recipe import load_recipe
 from alignlab.run import Run

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab.cli import main
-from alignlab.members import commands, find_members
 from alignlab.recipe import load_recipe, run_name
+from alignlab.sweep.members import commands, find_members
 
 RECIPE = """
 about: never trained

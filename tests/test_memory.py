@@ -10,16 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from alignlab import layers, memory
 from alignlab import model as models
 from alignlab.cli import main
 from alignlab.errors import ModelError, RecipeError
-from alignlab.memory import GIB, plan
-from alignlab.plan import change, plan_line, verdict
+from alignlab.plan import change, layers, memory, plan_line, verdict
+from alignlab.plan.memory import GIB, plan
+from alignlab.plan.shapes import SHIPPED, UNWRITTEN_TARGETS, quantized_bytes, shape_of
+from alignlab.plan.tape import Tape, walk
 from alignlab.probe import Meter, held_tensors, probe
 from alignlab.recipe import load_recipe
-from alignlab.shapes import SHIPPED, UNWRITTEN_TARGETS, quantized_bytes, shape_of
-from alignlab.tape import Tape, walk
 
 RECIPE = """
 data: {{source: toy, max_prompt_tokens: 72, max_reply_tokens: 48, toy: {{pairs: 60}}}}

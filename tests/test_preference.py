@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from alignlab.evaluate.preference import (
+    Pairs,
+    Rewards,
+    length_facts,
+    length_warnings,
+    preference_rows,
+    slice_rows,
+    slices,
+)
 from alignlab.heldout import PairLogps, preference
-from alignlab.preference import Pairs, Rewards, length_facts, length_warnings, preference_rows, slice_rows, slices
 
 DRAW = np.random.default_rng(1)
 

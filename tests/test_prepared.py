@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from alignlab import identity, prepared
-from alignlab.data import prepare
+from alignlab.data import identity, prepare, prepared
+from alignlab.data.prepared import clear_prepared, find_or_make, list_prepared, prepared_folder
 from alignlab.errors import DataError
-from alignlab.prepared import clear_prepared, find_or_make, list_prepared, prepared_folder
 from alignlab.recipe import DataSection
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -171,7 +170,7 @@ def test_a_cache_folder_that_is_a_file_costs_a_line(rows, tokenizer, tmp_path, m
 RACE = """
 import sys, time
 from pathlib import Path
-from alignlab.prepared import find_or_make
+from alignlab.data.prepared import find_or_make
 def make(folder):
     time.sleep(1)
     (folder / "rows").write_text("x" * 1000)
@@ -216,7 +215,7 @@ def test_the_cache_lists_its_entries_and_clears_them(rows, tokenizer, cache):
 
 
 def test_listing_imports_nothing_heavy():
-    code = "import sys, alignlab.prepared; print({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules))"
+    code = "import sys, alignlab.data.prepared; print({'torch', 'trl', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from alignlab.ratings import rate
-from alignlab.winrate import share_interval
+from alignlab.evaluate.ratings import rate
+from alignlab.evaluate.winrate import share_interval
 
 ELO = 400 / math.log(10)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab import replies, toy
-from alignlab.replies import (
+from alignlab import toy
+from alignlab.report import replies
+from alignlab.report.replies import (
     PROMPT_CHARACTERS,
     REPLY_CHARACTERS,
     SHOWN,

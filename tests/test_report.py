@@ -483,7 +483,7 @@ def test_a_long_sweep_is_reported_in_seconds(tmp_path):
 
 def test_reports_import_no_torch():
     heavy = "[name for name in ('torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy') if name in sys.modules]"
-    program = f"import sys, alignlab.report, alignlab.charts; print({heavy})"
+    program = f"import sys, alignlab.report, alignlab.report.charts; print({heavy})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

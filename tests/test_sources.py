@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignlab.data import prepare, prepare_replies, sft_rows
+from alignlab.data.sources import SOURCES, recognise
+from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
 from alignlab.recipe import DataSection, SFTDataSection
-from alignlab.sources import SOURCES, recognise
-from alignlab.splits import SPLITS
 
 SHARED = Path(__file__).parents[2] / "shared"
 PREFERENCE = SHARED / "data" / "preference"

@@ -14,14 +14,14 @@ import pytest
 from commands import alignlab, same
 
 from alignlab import heldout
-from alignlab.choice import chosen_run, collect
 from alignlab.cli import main
 from alignlab.errors import RunError
-from alignlab.members import find_members
 from alignlab.recipe import load_recipe
 from alignlab.report import write_report
 from alignlab.run import Run
-from alignlab.sweep import run_members
+from alignlab.sweep.choice import chosen_run, collect
+from alignlab.sweep.members import find_members
+from alignlab.sweep.runner import run_members
 from alignlab.train import train_dpo
 from alignlab.trainers import AlignDPOTrainer
 

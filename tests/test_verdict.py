@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.verdict import (
+from alignlab.report.verdict import (
     compare_verdict,
     duration,
     number,

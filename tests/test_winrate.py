@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit
 
+from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
 from alignlab.intervals import mean_interval, share_interval
-from alignlab.winrate import length_controlled, sign_test, win_rate
 
 WIN_RATES, TIE_RATES = (0.5, 0.7), (0, 0.2, 0.4)
 

@@ -39,10 +39,10 @@ from trl import DPOConfig
 
 from alignlab import model as models
 from alignlab.arguments import Circumstances, trl_arguments
-from alignlab.memory import GIB, plan
+from alignlab.plan.memory import GIB, plan
+from alignlab.plan.shapes import shape_of
 from alignlab.probe import MICRO_BATCHES, QUIET, STEPS, measured
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.shapes import shape_of
 from alignlab.trainers import AlignDPOTrainer
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from alignlab import model as models
 from alignlab.arguments import Circumstances
 from alignlab.figures import held_out_prompts
-from alignlab.memory import GIB
+from alignlab.plan.memory import GIB
 from alignlab.probe import measured
 from alignlab.recipe import KLSection, load_recipe
 from alignlab.run import Run, write_json

@@ -1,0 +1,155 @@
+"""One preparation: all raw rows → pairs in Arrow files, and every row that is left out counted by reason.
+
+Many rows are prepared by several processes, each a batch at a time; the order of the pairs does not depend on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from alignlab.data.ledger import CONFIDENCE, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
+from alignlab.data.pairing import Job, Pair, Refusal, Source, make_pairs, shares_of
+from alignlab.data.prepared import Account
+from alignlab.data.rows import names_of, split_named
+from alignlab.data.sources import NEEDS, PROMPT_CAPS
+from alignlab.data.splits import larger_shares
+from alignlab.errors import DataError
+
+BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
+SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the words that these have taught
+MOST_PROCESSES = 4  # one reads, writes and counts for all: more would wait for it
+
+Made = tuple[list[Pair], list[Refusal]]
+
+
+def prepare_rows(job: Job, folder: Path) -> Account:
+    """Prepares all rows into Arrow files in a folder."""
+    columns = (PAIR_COLUMNS if job.has_pairs else REPLY_COLUMNS) | (CONFIDENCE if job.has_confidence else {})
+    caps = [job.section.max_pairs_per_prompt or PROMPT_CAPS.get(part.source) for part in job.parts]
+    with _collector_off(), Ledger(folder, columns, job.apart_from) as ledger:
+        for batch, (pairs, refused) in _made(job, _batches(_progress(_read_rows(job, ledger)))):
+            for place, reason in refused:
+                ledger.drop(job.parts[batch[place].part], batch[place].row, reason)
+            for pair in pairs:
+                source = batch[pair.place]
+                ledger.keep(pair, job.parts[source.part], source.row, caps[source.part])
+            ledger.flush()
+    _check_splits(ledger, job)
+    return ledger.account(job.parts)
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Without Python's search for cycles: rows hold none, and it took a sixth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _read_rows(job: Job, ledger: Ledger) -> Iterator[Source]:
+    """Raw rows with the split that they bring, if any; at most `max_pairs` of each part and split."""
+    most = job.section.max_pairs
+    for number, part in enumerate(job.parts):
+        read = Counter()
+        for row in part.rows():
+            named = row.fields.get("split")
+            named = split_named(named, job.section) if isinstance(named, str) else None
+            split = named or part.split
+            if most is None or read[split] < most:
+                read[split] += 1
+                ledger.read(part)
+                yield Source(number, row, split, named is not None)
+
+
+# Processes
+
+
+def _made(job: Job, batches: Iterator[list[Source]]) -> Iterator[tuple[list[Source], Made]]:
+    """Each batch with its pairs, in order."""
+    for batch in islice(batches, SERIAL_ROWS // BATCH_ROWS):
+        yield batch, make_pairs(batch, job)
+    processes = _spare_processes()
+    first = next(batches, None) if processes > 1 else None
+    if first is None:
+        for batch in batches:
+            yield batch, make_pairs(batch, job)
+        return
+    context = multiprocessing.get_context("fork")  # the tokenizer and its words need no copying
+    with ProcessPoolExecutor(processes, context, _begin, (job,)) as pool:
+        waiting = deque([(first, pool.submit(_make, first))])
+        try:
+            while waiting:
+                waiting.extend(
+                    (batch, pool.submit(_make, batch)) for batch in islice(batches, 2 * processes - len(waiting))
+                )
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _spare_processes() -> int:
+    """How many processes may help; a process whose children would not be its own to end gets none."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 1
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+
+
+_job: Job  # of a process that helps
+
+
+def _begin(job: Job) -> None:
+    global _job
+    _job = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
+
+
+def _make(batch: list[Source]) -> Made:
+    return make_pairs(batch, _job)
+
+
+def _batches(sources: Iterator[Source]) -> Iterator[list[Source]]:
+    while batch := list(islice(sources, BATCH_ROWS)):
+        yield batch
+
+
+def _progress(sources: Iterator[Source]) -> Iterator[Source]:
+    from tqdm.auto import tqdm
+
+    quiet = os.environ.get("LOCAL_RANK", "0") != "0" or None  # none: shown on a terminal only
+    return iter(tqdm(sources, desc="preparing pairs", unit=" rows", leave=False, disable=quiet))
+
+
+def _check_splits(ledger: Ledger, job: Job) -> None:
+    """Raises `DataError` where there is nothing to train on, to choose by or to test on."""
+    where, kept = names_of(job.parts), ledger.kept.total()
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in ledger.dropped.most_common(3)) or "nothing"
+    if not ledger.rows:
+        raise DataError(f"{where}: no rows: the data is empty")
+    if not kept:
+        row = next(iter(ledger.first_dropped.values()))
+        source = next(part.source for part in job.parts if part.source)
+        raise DataError(
+            f"{where}: not one usable row of {ledger.rows}: {reasons}; data.source={source} needs {NEEDS[source]};"
+            f" {row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
+        )
+    if empty := [split for split in job.wanted if not ledger.kept[split]]:
+        keys = [key for keys in ledger.dialogues.values() for key in keys]
+        shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
+        brought = frozenset().union(*(part.brought for part in job.parts))
+        remedy = larger_shares(keys, empty, shares, brought)
+        raise DataError(f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons}); {remedy}")

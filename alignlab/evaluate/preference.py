@@ -1,0 +1,178 @@
+"""Held-out preference in numbers: loss, margin and accuracy of the implicit reward, by slice, and what length explains.
+
+Everything is a pure function of log-probabilities and counts; figures are over prompts (see `estimates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignlab.evaluate.estimates import Values, as_json, clustered, interval, table_row
+from alignlab.evaluate.winrate import length_controlled
+from alignlab.intervals import Interval
+
+GROUP = "held-out preference"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of the held-out pairs before any model is asked; each a value a pair."""
+
+    prompts: Sequence[str]  # pairs of one prompt are one draw
+    turns: np.ndarray  # Human turns of the prompt
+    prompt_tokens: np.ndarray
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+    parts: Sequence[str] | None = None  # the subset that a pair comes from, where the data says so
+
+    @property
+    def longer_by(self) -> np.ndarray:
+        return self.chosen_tokens - self.rejected_tokens
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The implicit rewards β (log π − log π_ref) of the pairs' replies."""
+
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def margin(self) -> np.ndarray:
+        return self.chosen - self.rejected
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the chosen reply's reward is strictly larger, as TRL counts it."""
+        return (self.margin > 0).astype(float)
+
+    @property
+    def loss(self) -> np.ndarray:
+        """−log σ(margin), the sigmoid DPO loss, whatever was trained with."""
+        return np.logaddexp(0, -self.margin)
+
+
+def preference_rows(pairs: Pairs, rewards: Mapping[str, Rewards], against: str) -> list[dict[str, Any]]:
+    """Rows of the table: the pairs as a whole."""
+    n = len(pairs.prompts)
+    note = f"{n} pairs of {len(set(pairs.prompts))} prompts; n counts prompts"
+    over = lambda values: {name: clustered(values(its), pairs.prompts) for name, its in rewards.items()}
+    rows = [
+        table_row(
+            GROUP, "accuracy", over(lambda r: r.correct), against, unit="share", better="higher", share=True, note=note
+        ),
+        table_row(GROUP, "margin", over(lambda r: r.margin), against, better="higher"),
+        table_row(GROUP, "reward of chosen", over(lambda r: r.chosen), against),
+        table_row(GROUP, "reward of rejected", over(lambda r: r.rejected), against),
+        table_row(GROUP, "loss", over(lambda r: r.loss), against, better="lower", note="sigmoid; ln 2 before training"),
+    ]
+    fair = {name: length_controlled(its.correct, pairs.longer_by) for name, its in rewards.items()}
+    return [*rows, _equal_length_row(fair)]
+
+
+def _equal_length_row(fair: Mapping[str, Interval | None]) -> dict[str, Any]:
+    heading = {"group": GROUP, "measure": "accuracy at equal length", "unit": "share", "better": "higher"}
+    note = "logistic fit on the difference in tokens, read at zero; n counts pairs"
+    values = {name: as_json(its) for name, its in fair.items() if its}
+    return {**heading, "values": values, "change": {}, "note": note}
+
+
+def length_facts(pairs: Pairs, rewards: Rewards) -> dict[str, Any]:
+    """How far length alone goes: what always preferring the longer reply scores, and how often the model does that."""
+    longer = (np.sign(pairs.longer_by) + 1) / 2  # ½ where both are equally long
+    unequal = pairs.longer_by != 0
+    prefers_longer = (rewards.margin > 0) == (pairs.longer_by > 0)
+    differ = rewards.margin.std() > 0 and pairs.longer_by.std() > 0
+    correlation = float(np.corrcoef(rewards.margin, pairs.longer_by)[0, 1]) if differ else None
+    return {
+        "accuracy": as_json(interval(clustered(rewards.correct, pairs.prompts), share=True)),
+        "accuracy_of_the_longer": as_json(interval(clustered(longer, pairs.prompts), share=True)),
+        "prefers_the_longer": _share_where(prefers_longer, unequal, pairs),
+        "accuracy_at_equal_length": as_json(length_controlled(rewards.correct, pairs.longer_by)),
+        "correlation_of_margin_and_length": correlation,
+    }
+
+
+def _share_where(values: np.ndarray, there: np.ndarray, pairs: Pairs) -> dict[str, Any] | None:
+    if not there.any():
+        return None
+    prompts = [p for p, kept in zip(pairs.prompts, there, strict=True) if kept]
+    return as_json(interval(clustered(values[there].astype(float), prompts), share=True))
+
+
+def slices(pairs: Pairs) -> dict[str, dict[str, np.ndarray]]:
+    """Which pairs belong to each slice: by turns, by the prompt's length, by which reply is longer, by subset."""
+    low, high = np.quantile(pairs.prompt_tokens, (1 / 3, 2 / 3))
+    tokens, longer, turns = pairs.prompt_tokens, pairs.longer_by, pairs.turns
+    found = {
+        "turns": {"1": turns == 1, "2": turns == 2, "3 or more": turns >= 3},
+        "prompt tokens": {
+            f"at most {low:.0f}": tokens <= low,
+            f"{low:.0f} to {high:.0f}": (tokens > low) & (tokens <= high),
+            f"more than {high:.0f}": tokens > high,
+        },
+        "chosen reply": {"longer": longer > 0, "shorter": longer < 0, "as long": longer == 0},
+    }
+    if pairs.parts is not None:
+        parts = np.array(pairs.parts)
+        found["subset"] = {part: parts == part for part in sorted(set(pairs.parts))}
+    return {name: {value: its for value, its in of.items() if its.any()} for name, of in found.items()}
+
+
+def slice_rows(pairs: Pairs, rewards: Mapping[str, Rewards]) -> list[dict[str, Any]]:
+    """Accuracy and margin of each model on each slice that holds a pair; slices that hold all pairs say nothing."""
+    rows = []
+    for name, of in slices(pairs).items():
+        for value, there in of.items() if len(of) > 1 else ():
+            prompts = [p for p, kept in zip(pairs.prompts, there, strict=True) if kept]
+            over: Any = lambda values, there=there, prompts=prompts: clustered(values[there], prompts)
+            rows.append(
+                {
+                    "slice": name,
+                    "value": value,
+                    "pairs": int(there.sum()),
+                    "accuracy": {m: _estimate(over(r.correct), True) for m, r in rewards.items()},
+                    "margin": {m: _estimate(over(r.margin), False) for m, r in rewards.items()},
+                }
+            )
+    return rows
+
+
+def slices_as_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The slices' accuracies as rows of the table."""
+    heading = {"group": "accuracy by slice", "unit": "share", "better": "higher", "change": {}}
+    return [
+        {
+            **heading,
+            "measure": f"{row['slice']}: {row['value']}",
+            "values": row["accuracy"],
+            "note": f"{row['pairs']} pairs",
+        }
+        for row in rows
+    ]
+
+
+def _estimate(values: Values, share: bool) -> dict[str, Any] | None:
+    return as_json(interval(values, share))
+
+
+def length_warnings(name: str, facts: Mapping[str, Any]) -> list[str]:
+    """What the reader of an accuracy should know about length."""
+    plain, fair, longer = (facts[key] for key in ("accuracy", "accuracy_at_equal_length", "accuracy_of_the_longer"))
+    side = "longer" if longer["mean"] >= 0.5 else "shorter"
+    always, said = max(longer["mean"], 1 - longer["mean"]), []
+    if always >= plain["mean"] > 0.5:
+        said.append(
+            f"always preferring the {side} reply would be right in {always:.0%} of the held-out pairs, no less often "
+            f"than {name}'s implicit reward ({plain['mean']:.0%})"
+        )
+    if fair and plain["low"] is not None and plain["low"] > 0.5 >= fair["low"]:
+        said.append(
+            f"{name}'s accuracy on held-out pairs ({plain['mean']:.0%}) cannot be told from chance at equal length "
+            f"({fair['mean']:.0%}, {fair['low']:.0%} to {fair['high']:.0%}): length may be all it has learned"
+        )
+    return said
