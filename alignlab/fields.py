@@ -36,11 +36,10 @@ class Setting:
     def read(self, value: Any) -> Any:
         """`value` as this setting takes it; ValueError says what was expected.
 
-        Nothing is cast but what YAML cannot write otherwise: `5e-6` becomes a float where no string may stand,
-        and a single item becomes a list where only a list may stand.
+        Nothing is cast but what YAML cannot write otherwise: `5e-6` becomes a float where no string may stand, in a
+        list too, and a single item becomes a list where only a list may stand.
         """
-        if isinstance(value, str) and "str" not in self.types and "float" in self.types and EXPONENT.fullmatch(value):
-            value = float(value)
+        value = _with_numbers(value, self.types)
         if not any(_fits(value, kind) for kind in self.types):
             if not any(_fits([value], kind) for kind in self.types):
                 raise ValueError(f"expected {' or '.join(self.types)}" + self._quoting(value))
@@ -62,9 +61,23 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _with_numbers(value: Any, kinds: Iterable[str]) -> Any:
+    """`5e-6` as the number it is where these kinds admit one and no string, alone or as an item of a list."""
+    of_items = [each for kind in kinds for each in _item_kinds(kind)]
+    if isinstance(value, list):
+        return [_with_numbers(item, of_items) for item in value]
+    admitted = {*kinds, *of_items}
+    is_number = isinstance(value, str) and "float" in admitted and not admitted & {"str", "any"}
+    return float(value) if is_number and EXPONENT.fullmatch(value) else value
+
+
+def _item_kinds(kind: str) -> list[str]:
+    return kind[5:-1].split("|") if kind.startswith("list[") else []
+
+
 def _fits(value: Any, kind: str) -> bool:
     if kind.startswith("list["):
-        return isinstance(value, list) and all(any(_fits(item, k) for k in kind[5:-1].split("|")) for item in value)
+        return isinstance(value, list) and all(any(_fits(item, k) for k in _item_kinds(kind)) for item in value)
     if isinstance(value, bool):
         return kind in ("bool", "any")
     python = {"int": int, "float": (int, float), "str": str, "null": type(None), "mapping": dict, "any": object}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from alignlab.errors import RecipeError, RunError
 from alignlab.recipe import load_recipe, run_name
 from alignlab.run import Run
+from alignlab.sweep.choice import chosen_run
 
 
 def find_runs(
@@ -30,6 +30,8 @@ def find_runs(
     if sum((bool(run), bool(runs), best)) > 1:
         raise RecipeError("--run, --runs and --best each say which runs are evaluated; give one of them")
     if recipe is not None and (Path(recipe) / "manifest.json").is_file():
+        if run or runs or best:
+            raise RecipeError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
         return [_finished(Path(recipe), None)]
     name = load_recipe(recipe, overrides).name if recipe else None
     folder = root / name if name else root
@@ -38,7 +40,7 @@ def find_runs(
             raise RunError(f"the same run is named twice: {' '.join(runs)}")
         return [_finished(folder / each if (folder / each).is_dir() else Path(each), None) for each in runs]
     if best:
-        return [_finished(folder / _best(folder, recipe), recipe)]
+        return [_finished(chosen_run(folder), recipe)]
     return [_finished(folder / (run or run_name(load_recipe(recipe, overrides), "dpo")), _command(recipe, overrides))]
 
 
@@ -57,20 +59,6 @@ def _finished(path: Path, recipe: str | None) -> Run:
         raise RunError(f"there is no run at {path}; {remedy}")
     what = "finished, but its model/ is gone" if status == "finished" else f"not finished ({status})"
     raise RunError(f"{path} is {what}; {remedy}")
-
-
-def _best(folder: Path, recipe: str | None) -> str:
-    file = folder / "sweep.json"
-    if not file.is_file():
-        raise RunError(f"there is no {file}; `alignlab sweep {recipe}` makes one, or leave --best out")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        choice, why = found["choice"], found.get("why")
-    except (ValueError, KeyError, TypeError) as e:
-        raise RunError(f"{file} is not a sweep's ({type(e).__name__}: {e}); make it anew with alignlab sweep") from None
-    if choice is None:
-        raise RunError(f"the sweep chose none of its members ({why}); name one with --run")
-    return choice
 
 
 def folder_of(runs: Sequence[Run]) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from alignlab.errors import MachineError, ModelError
+from alignlab.fields import suggest
 from alignlab.recipe import ModelSection
 from alignlab.run import hash_file
 
@@ -125,7 +127,35 @@ def lora_config(section: ModelSection) -> LoraConfig:
 
 def add_adapter(weights: PreTrainedModel, section: ModelSection) -> PeftModel:
     """A fresh trainable adapter, whose first output is that of the weights alone."""
-    return get_peft_model(weights, lora_config(section))
+    _refuse_unknown_targets(weights, section)
+    try:
+        adapted = get_peft_model(weights, lora_config(section))
+    except ValueError as e:
+        raise ModelError(f"model.lora does not fit {section.name}: {_first_line(e)}") from e
+    _refuse_adapted_head(adapted)
+    return adapted
+
+
+def _refuse_unknown_targets(weights: PreTrainedModel, section: ModelSection) -> None:
+    """PEFT 0.21 passes over a name that no module has, as long as another of the list is found."""
+    targets = section.lora.get("target_modules")
+    names = [f".{name}" for name, _ in weights.named_modules()]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            near = suggest(target, known)
+            raise ModelError(f"model.lora.target_modules holds {target}, and {section.name} has no such module{near}")
+
+
+def _refuse_adapted_head(model: PeftModel) -> None:
+    """TRL 1.16 computes log-probabilities from the output layer's own weight, so that an adapter on it never counts."""
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in model.get_base_model().named_modules() if module is head)
+        raise ModelError(
+            f"LoRA is on the output layer {name}, where TRL does not train it; "
+            f"leave {name} out of model.lora.target_modules, or write all-linear, which is without it"
+        )
 
 
 def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> None:
@@ -165,6 +195,7 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     if start.adapter:
         with _loading("adapter", start.adapter, section):
             policy = PeftModel.from_pretrained(policy, start.adapter, is_trainable=True)
+        _refuse_adapted_head(policy)
         _say_what_the_adapter_decides(policy.peft_config["default"], section, start.adapter)
         return policy, None
     if section.lora is not None:

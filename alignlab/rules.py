@@ -176,6 +176,12 @@ def _weights_conflict(load_in_4bit: bool, dtype: str, lora: Any) -> str | None:
     return None
 
 
+def _head_conflict(targets: Any) -> str | None:
+    names = [name for name in targets if name.rpartition(".")[2] == "lm_head"] if isinstance(targets, list) else []
+    why = "where TRL does not train it; leave it out, or write all-linear, which is without it"
+    return f"model.lora.target_modules holds {names[0]}, {why}" if names else None
+
+
 def _length_conflict(stage: str) -> Callable[..., str | None]:
     def conflict(length: int | None, prompt: int, reply: int) -> str | None:
         if length is None or length >= prompt + reply:
@@ -220,6 +226,7 @@ TOGETHER: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.sft.source", "data.sft.path"), _sft_source_conflict),
     (("data.validation_share", "data.test_share"), _share_conflict),
     (("model.load_in_4bit", "model.dtype", "model.lora"), _weights_conflict),
+    (("model.lora.target_modules",), _head_conflict),
     *((((f"{s}.max_length", "data.max_prompt_tokens", "data.max_reply_tokens")), _length_conflict(s)) for s in STAGES),
     *(((f"{s}.eval_steps", f"{s}.logging_steps"), _steps_conflict(s)) for s in STAGES),
     (("dpo.loss_type", "dpo.loss_weights", "dpo.label_smoothing"), _loss_conflict),

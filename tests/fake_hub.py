@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on loopback: one user, whose token is `hf_good`, and the repositories he makes."""
+"""Small Hugging Face hubs on loopback: one takes what its user uploads, one refuses whoever asks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL at which the handler answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Knows one gated repository, some/gated, and no other."""
+
+    def do_GET(self):
+        gated = "/some/gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
 @dataclass
 class FakeHub:
     url: str = ""
@@ -20,6 +47,7 @@ class FakeHub:
 
 @contextlib.contextmanager
 def fake_hub() -> Iterator[FakeHub]:
+    """A hub with one user, whose token is `hf_good`, and the repositories he makes."""
     hub = FakeHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -76,11 +104,5 @@ def fake_hub() -> Iterator[FakeHub]:
             self.end_headers()
             self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(Handler) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -16,22 +16,6 @@ from alignlab.run import Run
 from alignlab.sweep.choice import Figure, Row, choose, chosen_run, collect, render
 from alignlab.sweep.members import Members, find_members
 
-RECIPE = """
-about: never trained
-extends: tiny
-dpo: {beta: 0.7, max_steps: 4}
-monitor: {kl: {max_new_tokens: 8}}
-"""
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch) -> Path:
-    """A working directory with the recipe `small`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "small.yaml").write_text(RECIPE)
-    return tmp_path
-
 
 def write_run(
     members: Members, number: int, margin: float, kl: float = 3.0, scores: list | None = None, **facts

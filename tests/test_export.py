@@ -391,13 +391,13 @@ def test_the_run_is_found_by_recipe_name_and_choice(copied, monkeypatch):
     assert find_run("runs/small/sft").path == Path("runs/small/sft")
     with pytest.raises(AlignlabError, match="runs/small/dpo holds no run; there: sft"):
         find_run("small")
-    with pytest.raises(AlignlabError, match="no sweep has chosen"):
+    with pytest.raises(AlignlabError, match=r"there is no runs/small/sweep\.json with a best run"):
         find_run("small", best=True)
     sweep = {"recipe": "small", "rule": "best", "choice": "sft", "why": "so", "members": []}
     Path("runs/small/sweep.json").write_text(json.dumps(sweep))
     assert find_run("small", best=True).path.name == "sft"
     Path("runs/small/sweep.json").write_text(json.dumps({**sweep, "choice": None, "why": "all above the limit"}))
-    with pytest.raises(AlignlabError, match="chose no run"):
+    with pytest.raises(AlignlabError, match="has chosen no member: all above the limit"):
         find_run("small", best=True)
     copied.note(status="running")
     with pytest.raises(AlignlabError, match="is not finished"):

@@ -51,6 +51,11 @@ def pairs_file(tmp_path_factory):
     return path
 
 
+def prepared(file, name, template, tokenizer):
+    section = DataSection(path=str(file), format=name, validation_share=0.2, test_share=0.2)
+    return prepare(section, tokenizer, TEMPLATES.get(template)).train
+
+
 def ask(text):
     return Dialogue([Turn("Human", f" {text}")])
 
@@ -58,11 +63,8 @@ def ask(text):
 @pytest.mark.parametrize(("name", "template"), FORMATS)
 def test_generation_starts_from_the_ids_that_training_saw(real, pairs_file, name, template):
     """What a model gets from `sample_replies` for a dialogue is the prompt of its SFT row and of its DPO pair."""
-    text = TEMPLATES.get(template)
-    pairs = prepare(
-        DataSection(path=str(pairs_file), format=name, validation_share=0.2, test_share=0.2), real, text
-    ).train
-    form, fed = Format(name, real, text), []
+    pairs = prepared(pairs_file, name, template, real)
+    form, fed = Format(name, real, TEMPLATES.get(template)), []
     question = next(n for n in range(40) if f"Count to {n}, please!" in pairs[0]["prompt"])
     ids = form.prompt_ids(ask(f"Count to {question}, please!"))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -78,10 +80,7 @@ def test_generation_starts_from_the_ids_that_training_saw(real, pairs_file, name
 @pytest.mark.parametrize(("name", "template"), FORMATS)
 def test_one_bos_begins_a_prompt_and_one_eos_ends_a_reply(real, pairs_file, name, template):
     """GPT-2 has no BOS that it would add; Zephyr's and Mistral's templates write an EOS behind a turn of their own."""
-    text = TEMPLATES.get(template)
-    pairs = prepare(
-        DataSection(path=str(pairs_file), format=name, validation_share=0.2, test_share=0.2), real, text
-    ).train
+    pairs = prepared(pairs_file, name, template, real)
     adds_bos = real("")["input_ids"]
     for pair in pairs:
         prompt, reply = pair["prompt_ids"], pair["chosen_ids"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,22 +13,6 @@ from hypothesis import strategies as st
 from alignlab.cli import main
 from alignlab.recipe import load_recipe, run_name
 from alignlab.sweep.members import commands, find_members
-
-RECIPE = """
-about: never trained
-extends: tiny
-dpo: {beta: 0.7, max_steps: 4}
-monitor: {kl: {max_new_tokens: 8}}
-"""
-
-
-@pytest.fixture
-def small(tmp_path, monkeypatch) -> Path:
-    """A working directory with the recipe `small`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "small.yaml").write_text(RECIPE)
-    return tmp_path
 
 
 def test_members_are_each_beta_with_each_combination_of_the_grid(small):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import bitsandbytes
 import huggingface_hub
@@ -97,6 +95,23 @@ def test_all_linear_is_every_layer_of_the_blocks_and_not_the_head(name, in_4bit,
 def test_a_fresh_adapter_changes_nothing(name, section):
     assert torch.equal(
         logits(models.add_adapter(load_weights(section(name)), section(name))), logits(load_weights(section(name)))
+    )
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
+def test_lora_on_the_head_is_refused_as_trl_does_not_train_it(targets, section):
+    of = section(lora={"r": 4, "target_modules": targets})
+    assert refusal(models.add_adapter, load_weights(of), of) == (
+        "LoRA is on the output layer lm_head, where TRL does not train it; "
+        "leave lm_head out of model.lora.target_modules, or write all-linear, which is without it"
+    )
+
+
+@pytest.mark.parametrize("others", [[], ["k_proj"]])
+def test_a_target_that_the_model_has_not_is_named_with_the_nearest(others, section):
+    of = section(lora={"r": 4, "target_modules": ["q_prj", *others]})
+    assert refusal(models.add_adapter, load_weights(of), of) == (
+        f"model.lora.target_modules holds q_prj, and {of.name} has no such module; did you mean 'q_proj'?"
     )
 
 
@@ -367,34 +382,13 @@ def test_a_hub_start_without_a_network_names_its_own_setting(section, monkeypatc
     assert said.endswith("download it where there is a network and point model.start at the folder")
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A hub that knows one gated model and no other."""
-
-    def do_GET(self):
-        gated = "/some/gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
-def refusing_hub(monkeypatch):
-    """The hub's client, pointed at loopback."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+def refusing_hub(refusing_hub, monkeypatch):
+    """The hub's client, pointed at it."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", refusing_hub)
+    template = refusing_hub + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.mark.parametrize("load", [load_weights, load_tokenizer, models.load_config])

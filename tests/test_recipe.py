@@ -76,6 +76,29 @@ def test_numbers_and_lists_are_understood_as_their_setting_takes_them():
     assert recipe.dpo == {"learning_rate": 5e-6, "loss_type": ["ipo"], "num_train_epochs": 2, "beta": 0.3}
 
 
+def test_numbers_in_a_list_are_numbers_where_no_text_may_stand():
+    """`5e-2` is text to YAML 1.1: a number in sweep.betas, text in target_modules, and no whole number anywhere."""
+    recipe = load_recipe(write(MINIMAL + "sweep: {betas: [5e-2, 1e-1, 1]}\n"))
+    assert recipe.sweep.betas == [0.05, 0.1, 1]
+    assert load_recipe(write(MINIMAL), ["sweep.betas=5e-2", "model.lora.target_modules=[5e-2]"]).model.lora == {
+        "target_modules": ["5e-2"]
+    }
+    assert load_recipe("r.yaml", ["sweep.betas=5e-2"]).sweep.betas == [0.05]
+    assert faults(MINIMAL, "sweep.betas=[5e-2, small]") == [
+        "sweep.betas is ['5e-2', 'small'] (command line: 'sweep.betas=[5e-2, small]'); expected list[float]"
+    ]
+    with pytest.raises(ValueError, match=r"expected list\[int\]"):
+        Setting(("list[int]",)).read(["5e0"])
+
+
+def test_lora_on_the_head_is_refused_before_anything_is_loaded():
+    assert faults(MINIMAL, "model.lora.target_modules=[q_proj,lm_head]") == [
+        "model.lora.target_modules holds lm_head, where TRL does not train it; leave it out, or write all-linear, "
+        "which is without it (command line: 'model.lora.target_modules=[q_proj,lm_head]')"
+    ]
+    assert load_recipe("r.yaml", ["model.lora.target_modules=[q_proj]"]).model.lora == {"target_modules": ["q_proj"]}
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_read():
     Path("r.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
     assert load_recipe("r.yaml").model.name == "some/model"

@@ -7,10 +7,10 @@ import torch
 
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate.harm import HarmClassifier, harmful_labels
-from alignlab.evaluate.prompts import BENIGN, HARMFUL, Prompt, PromptSet
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.generate import Reply, reply_logps
+from alignlab.prompts import BENIGN, HARMFUL, Prompt, PromptSet
 
 NO, YES = Reply((1,), " I'm sorry, but I can't help with that.", True), Reply((2,), " Of course! First,", True)
 

@@ -25,14 +25,14 @@ from alignlab.evaluate.candidates import Bench, Candidate, Lineup, line_up, mode
 from alignlab.evaluate.contests import Matches
 from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluate.harm import HarmClassifier
-from alignlab.evaluate.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
-from alignlab.evaluate.refusals import stated
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.fields import library_settings
 from alignlab.format import Format
 from alignlab.generate import Reply
 from alignlab.lineup import folder_of
+from alignlab.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
+from alignlab.refusals import stated
 from alignlab.run import Run, package_versions, write_json, write_lines
 from alignlab.store import digest
 from alignlab.train import prepare_data

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import ModelError
+from alignlab.evaluate.judge import load_classifier
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ class HarmClassifier:
 
     def __init__(self, name: str, labels: Sequence[str] = (), batch_size: int = 16):
         self.name, self.batch_size = name, batch_size
-        self.model, self.tokenizer = _load(name)
+        self.model, self.tokenizer, is_trained = load_classifier(name, "classifier")
+        if not is_trained:
+            raise ModelError(f"{name} is no classifier: it has no trained head; name a text-classification model")
         self.labels = harmful_labels(name, self.model.config.id2label, labels)
 
     @property
@@ -82,22 +85,3 @@ def harmful_labels(name: str, id2label: Mapping[int, str], wanted: Sequence[str]
             f"say so with --harmful-label"
         )
     return found
-
-
-def _load(name: str):
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else "auto"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as e:
-        raise ModelError(f"the classifier {name} cannot be loaded ({str(e).splitlines()[0]}); check its name") from e
-    if loading["missing_keys"]:
-        raise ModelError(f"{name} is no classifier: it has no trained head; name a text-classification model")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer

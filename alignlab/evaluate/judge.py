@@ -183,6 +183,18 @@ class RewardJudge:
 
 
 def _load_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer, is_trained = load_classifier(name, "reward model")
+    if model.config.num_labels != 1 or not is_trained:
+        missing = f"has {model.config.num_labels} outputs" if model.config.num_labels != 1 else "has no trained head"
+        raise ModelError(f"{name} is no reward model: it {missing}; name a sequence classifier trained with one output")
+    return model, tokenizer
+
+
+def load_classifier(name: str, what: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """A sequence classifier by name or path, its tokenizer, and whether its head was trained; an error calls it `what`.
+
+    Where the tokenizer has no pad token, texts are padded with the EOS token.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -192,14 +204,11 @@ def _load_reward_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loading = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as e:
-        raise ModelError(f"the reward model {name} cannot be loaded ({str(e).splitlines()[0]}); check its name") from e
-    if model.config.num_labels != 1 or loading["missing_keys"]:
-        missing = f"has {model.config.num_labels} outputs" if model.config.num_labels != 1 else "has no trained head"
-        raise ModelError(f"{name} is no reward model: it {missing}; name a sequence classifier trained with one output")
+        raise ModelError(f"the {what} {name} cannot be loaded ({str(e).splitlines()[0]}); check its name") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, not loading["missing_keys"]
 
 
 def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

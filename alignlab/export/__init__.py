@@ -25,9 +25,9 @@ from alignlab.export.difference import Difference, Rows
 from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
 from alignlab.format import Dialogue, Format
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.report import find_runs
-from alignlab.report.reading import read_sweep
+from alignlab.report import find_runs, runs_folder
 from alignlab.run import Run, package_versions, write_json
+from alignlab.sweep.choice import chosen_run
 from alignlab.transcript import Turn
 
 log = logging.getLogger(__name__)
@@ -71,24 +71,16 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run
     RECIPE is a run directory, or a recipe's name or file, whose runs are under `runs/`. `best` takes the member that
     the recipe's sweep chose.
     """
-    run = Run(Path(recipe))
-    if not run.manifest:
-        run = _chosen(find_runs(recipe)[0]) if best else Run(find_runs(recipe, [name or "dpo"])[0])
+    if best:
+        run = Run(chosen_run(runs_folder(recipe)))
+    elif not (run := Run(Path(recipe))).manifest:
+        run = Run(find_runs(recipe, [name or "dpo"])[0])
     if not run.is_finished:
         status = run.manifest.get("status")
         raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
     if not run.model.is_dir():
         raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
     return run
-
-
-def _chosen(folder: Path) -> Run:
-    if not (folder / "sweep.json").is_file():
-        raise RunError(f"no sweep has chosen a run in {folder}; name one with --run, or make one with alignlab sweep")
-    sweep = read_sweep(folder / "sweep.json")
-    if sweep["choice"] is None:
-        raise RunError(f"the sweep in {folder} chose no run ({sweep['why']}); name one with --run")
-    return Run(folder / sweep["choice"])
 
 
 def export(run: Run, to: Path, wish: Wish | None = None) -> Export:

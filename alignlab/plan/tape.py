@@ -107,59 +107,72 @@ def walk(tape: Tape, given: Tensor, result: Tensor, *, saving: bool, pinned: boo
 
 
 def _walk_back(
-    tape: Tape, result: Tensor, ops: list[Op], needs: set, keepers: Counter, alive: set, now: float
+    tape: Tape, result: Tensor, ops: list[Op], needs: set, keepers: Counter, alive: set, saved: float
 ) -> tuple[float, float]:
     """The most that the backward holds, and the gradients at hand when it first needs something saved."""
-    waiting, started = None, now
-    buffers = {0: tape.sizes[result]}  # of gradients, by number
-    holders: Counter[int] = Counter({0: 1})
-    gradients = {result: 0}
-    now += buffers[0]
-    most = now
+    waiting, held = None, _Held(tape, saved)
+    held.gradients[result] = held.make(result)
     for op in reversed(ops):
         if waiting is None and op.saves:
-            waiting = now - started
-        incoming = gradients.pop(op.out, None)
-        wanted = [tensor for tensor in op.reads if tensor in needs] if incoming is not None else []
-        made = 0 if op.passes else sum(tape.sizes[tensor] for tensor in wanted)
-        most = max(most, now + (op.back if incoming is not None else 0) + made)
-        for tensor in wanted:
-            if op.passes:
-                number = incoming
-            else:
-                number = len(buffers)
-                buffers[number] = tape.sizes[tensor]
-                now += tape.sizes[tensor]
-            holders[number] += 1
-            if tensor in tape.weights:
-                now -= _released(number, holders, buffers)
-                continue
-            if tensor not in gradients:
-                gradients[tensor] = number
-                continue
-            older = gradients[tensor]
-            if holders[older] > 1 and holders[number] > 1:  # neither may be changed: the sum is a third
-                gradients[tensor] = len(buffers)
-                buffers[gradients[tensor]] = tape.sizes[tensor]
-                holders[gradients[tensor]] = 1
-                now += tape.sizes[tensor]
-                most = max(most, now)
-                spent = (older, number)
-            else:
-                gradients[tensor], spent = (older, (number,)) if holders[older] == 1 else (number, (older,))
-            now -= sum(_released(one, holders, buffers) for one in spent)
-        now -= op.extra
+            waiting = held.now - saved
+        held.pass_through(op, [tensor for tensor in op.reads if tensor in needs])
+        held.now -= op.extra
         for tensor in op.saves:
             keepers[tensor] -= 1
             if not keepers[tensor] and tensor in alive:
                 alive.remove(tensor)
-                now -= tape.sizes[tensor]
-        if incoming is not None:
-            now -= _released(incoming, holders, buffers)
-    return most, waiting or 0
+                held.now -= tape.sizes[tensor]
+    return held.most, waiting or 0
 
 
-def _released(number: int, holders: Counter, buffers: dict[int, float]) -> float:
-    """The bytes that go when one more lets go of a gradient."""
-    holders[number] -= 1
-    return 0 if holders[number] else buffers[number]
+class _Held:
+    """What a backward holds as it goes: what was saved, and gradients, each in a buffer that several may share."""
+
+    def __init__(self, tape: Tape, saved: float):
+        self.tape, self.now, self.most = tape, saved, saved  # bytes
+        self.buffers: list[float] = []  # bytes of each
+        self.holders: Counter[int] = Counter()  # of a buffer
+        self.gradients: dict[Tensor, int] = {}  # the buffer of each tensor's
+
+    def pass_through(self, op: Op, wanted: list[Tensor]) -> None:
+        """The operation's backward: the gradient of what it made becomes those of what it read."""
+        incoming = self.gradients.pop(op.out, None)
+        if incoming is None:
+            return
+        made = 0 if op.passes else sum(self.tape.sizes[tensor] for tensor in wanted)
+        self.most = max(self.most, self.now + op.back + made)
+        for tensor in wanted:
+            self.receive(tensor, self.share(incoming) if op.passes else self.make(tensor))
+        self.release(incoming)
+
+    def receive(self, tensor: Tensor, buffer: int) -> None:
+        """A gradient arrives, and is added in place where nobody else holds it, or the one that was there before."""
+        older = self.gradients.get(tensor)
+        if tensor in self.tape.weights:
+            self.release(buffer)
+        elif older is None:
+            self.gradients[tensor] = buffer
+        elif self.holders[older] == 1:
+            self.release(buffer)
+        elif self.holders[buffer] == 1:
+            self.gradients[tensor] = buffer
+            self.release(older)
+        else:  # neither may be changed: the sum is a third
+            self.gradients[tensor] = self.make(tensor)
+            self.release(older)
+            self.release(buffer)
+
+    def make(self, tensor: Tensor) -> int:
+        self.buffers.append(self.tape.sizes[tensor])
+        self.now += self.buffers[-1]
+        self.most = max(self.most, self.now)
+        return self.share(len(self.buffers) - 1)
+
+    def share(self, buffer: int) -> int:
+        self.holders[buffer] += 1
+        return buffer
+
+    def release(self, buffer: int) -> None:
+        self.holders[buffer] -= 1
+        if not self.holders[buffer]:
+            self.now -= self.buffers[buffer]

@@ -49,13 +49,7 @@ REWARDS = Panel(
 )
 LOSS = Panel("Loss", "loss", {"loss": ""}, "as TRL reports it, all terms of dpo.loss_type together")
 SFT_LOSS = Panel("Loss", "nats per token", {"loss": ""}, "of the reply's tokens")
-KL = Panel(
-    "KL from the reference",
-    "nats per reply",
-    {"kl": ""},
-    "on replies sampled from the policy",
-    limit="max_kl",
-)
+KL = Panel("KL from the reference", "nats per reply", {"kl": ""}, "on replies sampled from the policy", limit="max_kl")
 LENGTH = Panel("Reply length", "tokens per reply", {"reply_tokens": ""}, "mean of the sampled replies")
 PERPLEXITY = Panel("Perplexity of chosen replies", "perplexity", {"perplexity": ""}, "held-out; lower is likelier")
 

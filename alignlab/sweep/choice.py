@@ -93,10 +93,10 @@ def chosen_run(folder: Path) -> Path:
     """The run that the sweep in this folder has chosen, for `--best`."""
     file = folder / "sweep.json"
     if not file.is_file():
-        raise RunError(f"there is no {file} to take the best member from; make it with alignlab sweep {folder.name}")
+        raise RunError(f"there is no {file} with a best run; make it with alignlab sweep, or leave out --best")
     sweep = read_sweep(file)
     if sweep["choice"] is None:
-        raise RunError(f"{file} has chosen no member: {sweep['why']}")
+        raise RunError(f"{file} has chosen no member: {sweep['why']}; name a run with --run")
     if not Run(folder / sweep["choice"]).manifest:
         raise RunError(f"{folder / sweep['choice']}, which {file} has chosen, is not there; copy it beside {file.name}")
     return folder / sweep["choice"]

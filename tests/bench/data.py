@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,8 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+
+from machine import machine
 
 SHARED = Path(__file__).parents[3] / "shared"
 DATA = Path(os.environ.get("BENCH_DATA", SHARED / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"))
@@ -46,7 +46,9 @@ def main() -> None:
         whose, file = args.measure
         print(json.dumps({"ours": ours, "trl": trl}[whose](Path(file), args.tokenizer) | memory()))
         return
-    described = machine()
+    packages = ("tokenizers", "datasets", "pyarrow")
+    load = round(os.getloadavg()[0], 2)
+    described = machine(*packages, threads=int(THREADS["RAYON_NUM_THREADS"]), load_before=load)
     with tempfile.TemporaryDirectory() as folder:
         found = compare(args, Path(folder)) | {"large": large(args, Path(folder))}
     found = {"tokenizer": args.tokenizer, "rows": args.pairs, **found, "machine": described}
@@ -188,29 +190,13 @@ def split_rows(raw: Path) -> Iterator[dict]:
             yield {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
-# The machine
+# Memory
 
 
 def memory() -> dict:
     """Peaks of this process and of the largest that helped it; what they share is in both. Linux counts in KiB."""
     peak, helper = (resource.getrusage(of).ru_maxrss / 2**20 for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {"peak_gib": round(peak, 2), "helper_peak_gib": round(helper, 2)}
-
-
-def machine() -> dict:
-    names = ("trl", "transformers", "tokenizers", "datasets", "pyarrow")
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": int(THREADS["RAYON_NUM_THREADS"]),
-        "load_before": round(os.getloadavg()[0], 2),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
 
 
 if __name__ == "__main__":
