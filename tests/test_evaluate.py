@@ -26,22 +26,14 @@ from alignlab.recipe import load_recipe
 from alignlab.run import Run, read_lines
 from alignlab.train import prepare_data, train_dpo, train_sft
 
-RECIPE = """
-about: seconds on a CPU
-data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
-model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
-sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
-dpo: {{max_steps: 6, learning_rate: 1.0e-3, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
-monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
-"""
 QUICK = Wishes(replies=12, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def root(folders, tmp_path_factory) -> Path:
+def root(folders, of_seconds, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("evaluations")
     for name in ("llama", "gpt2"):
-        (root / f"{name}.yaml").write_text(RECIPE.format(name=folders[name]))
+        (root / f"{name}.yaml").write_text(of_seconds(folders[name]))
     return root
 
 
@@ -394,7 +386,8 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
         (["eval", "gpt2.yaml"], "there is no run at runs/gpt2/dpo; `alignlab dpo gpt2.yaml` trains it"),
         (["eval", "llama.yaml", "dpo.beta=0.9"], "there is no run at runs/llama/dpo-beta0.9"),
         (["eval", "llama.yaml", "--run", "sft-x"], "`alignlab sft llama.yaml` trains it"),
-        (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json; `alignlab sweep llama.yaml` makes one"),
+        (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json with a best run; make it"),
+        (["eval", "runs/llama/dpo", "--best"], "runs/llama/dpo is a run itself; leave --run, --runs and --best out"),
         (["eval"], "which recipe?"),
         (["eval", "llama.yaml", "--best", "--run", "dpo"], "give one of them"),
         (["eval", "llama.yaml", "--runs", "dpo", "dpo"], "the same run is named twice"),
@@ -421,7 +414,7 @@ def test_best_is_the_run_that_the_sweep_chose(made, root, tmp_path):
     (found,) = find_runs(str(root / "llama.yaml"), best=True, root=root / "runs")
     assert found.path == other.path
     (root / "runs/llama/sweep.json").write_text(json.dumps({"choice": None, "why": "all above KL 10", "members": []}))
-    with pytest.raises(RunError, match="chose none of its members"):
+    with pytest.raises(RunError, match="has chosen no member: all above KL 10; name a run with --run"):
         find_runs(str(root / "llama.yaml"), best=True, root=root / "runs")
     (root / "runs/llama/sweep.json").unlink()
 
@@ -430,10 +423,10 @@ def test_a_run_directory_can_be_named_itself(made):
     assert find_runs(str(made().path))[0].path == made().path
 
 
-def test_other_tokenizers_and_formats_are_not_compared(made, shared, root, tmp_path):
+def test_other_tokenizers_and_formats_are_not_compared(made, of_seconds, shared, root, tmp_path):
     stories = tmp_path / "stories.yaml"
-    text = RECIPE.format(name=shared / "models/stories260K").replace("max_prompt_tokens: 80", "max_prompt_tokens: 200")
-    stories.write_text(text)
+    text = of_seconds(shared / "models/stories260K")
+    stories.write_text(text.replace("max_prompt_tokens: 80", "max_prompt_tokens: 200"))
     other = train_sft(load_recipe(str(stories), ["sft.max_steps=1", "data.max_reply_tokens=200"]), root=root / "runs")
     with pytest.raises(RunError, match="their tokenizers differ") as caught:
         evaluate([made(), other], QUICK)
@@ -466,17 +459,17 @@ def test_a_killed_evaluation_goes_on_where_it_was(made, root):
     made()
     replies = root / "runs/llama/replies"
     shutil.rmtree(replies, ignore_errors=True)
-    arguments = ("eval", "llama.yaml", "--replies", "24", "--batch-size", "2")
     lines = lambda: sum(file.read_bytes().count(b"\n") for file in replies.glob("*.jsonl"))
-    process = alignlab(root, *arguments, wait=False)
+    arguments = ("--replies", "24", "--max-new-tokens", "12", "--batch-size", "2")
+    process = alignlab(root, "eval", "llama.yaml", *arguments, wait=False)
     kill_when(process, lambda: lines() > 110)
-    kept = {file: file.read_bytes() for file in replies.glob("*.jsonl")}
-    assert alignlab(root, *arguments).returncode == 0
+    kept, known = {file: file.read_bytes() for file in replies.glob("*.jsonl")}, lines()
+    wishes = Wishes(replies=24, max_new_tokens=12, batch_size=2)
+    resumed = without_time(evaluate([made()], wishes))
     assert all(file.read_bytes().startswith(before.rpartition(b"\n")[0]) for file, before in kept.items())
-    resumed = without_time(root / "runs/llama/dpo/eval.json")
+    assert lines() > known
     shutil.rmtree(replies)
-    assert alignlab(root, *arguments).returncode == 0
-    assert numbers(without_time(root / "runs/llama/dpo/eval.json")) == numbers(resumed)
+    assert numbers(without_time(evaluate([made()], wishes))) == numbers(resumed)
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from commands import alignlab, same, wait_until
 
@@ -14,6 +16,7 @@ from alignlab import launch
 from alignlab.errors import MachineError, RunError
 from alignlab.recipe import load_recipe
 from alignlab.run import Run, read_lines
+from alignlab.train import train_dpo
 
 COMPARED = {"train/loss", "eval/loss", "eval/kl", "eval/rewards/margins", "eval/reply_tokens"}
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -26,7 +29,7 @@ sft:
   learning_rate: 1.0e-2
   logging_steps: 2
   eval_steps: 2
-  per_device_train_batch_size: {batch}
+  per_device_train_batch_size: {sft_batch}
   per_device_eval_batch_size: 13
 dpo:
   max_steps: 8
@@ -47,51 +50,61 @@ def workplace(folders, tmp_path_factory) -> Path:
     for quantized in ("plain", "quantized"):
         for ranks in (1, 2):
             facts = {"model": folders["llama"], "quantized": str(quantized == "quantized").lower(), "batch": 8 // ranks}
+            facts["sft_batch"] = 8 if quantized == "quantized" else 8 // ranks  # whose SFT run both share
             (folder / "recipes" / f"{quantized}{ranks}.yaml").write_text(RECIPE.format(**facts))
     return folder
+
+
+@pytest.fixture(scope="module")
+def plain2(workplace) -> Run:
+    """SFT and DPO on two ranks, made once."""
+    for stage in ("sft", "dpo"):
+        assert (done := on_two_ranks(workplace, stage, "plain2")).returncode == 0, done.stderr
+    return Run(workplace / "runs/plain2/dpo")
 
 
 def on_two_ranks(folder: Path, *arguments: str, **how):
     return alignlab(folder, *arguments, "--launch", str(CONFIGS / "two-cpu.yaml"), **how)
 
 
-def test_sft_and_dpo_on_two_ranks_are_those_on_one(workplace):
+def test_sft_and_dpo_on_two_ranks_are_those_on_one(workplace, plain2):
     """Two ranks of 4 rows see the rows of one rank of 8: equal losses, samples and KL, each written once.
 
     At most one epoch, and 52 held-out pairs in batches of 13: no rank is short of a row, so none is counted twice.
     """
-    assert_two_are_one(workplace, "plain", within=1e-3)
+    train_dpo(load_recipe(str(workplace / "recipes/plain1.yaml")), root=workplace / "runs")
+    for stage in ("sft", "dpo"):
+        assert_two_are_one(workplace, f"plain{{}}/{stage}", within=1e-3)
 
 
 def test_4bit_dpo_on_two_ranks_is_that_on_one(workplace):
-    assert_two_are_one(workplace, "quantized", within=1e-2)
+    train_dpo(load_recipe(str(workplace / "recipes/quantized1.yaml")), root=workplace / "runs")
+    shutil.copytree(workplace / "runs/quantized1/sft", workplace / "runs/quantized2/sft")
+    assert (done := on_two_ranks(workplace, "dpo", "quantized2")).returncode == 0, done.stderr
+    assert_two_are_one(workplace, "quantized{}/dpo", within=1e-2)
 
 
 def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
-    assert (done := alignlab(workplace, "dpo", f"{name}1")).returncode == 0, done.stderr
-    for stage in ("sft", "dpo"):
-        assert (done := on_two_ranks(workplace, stage, f"{name}2")).returncode == 0, done.stderr
-        one, two = (Run(workplace / f"runs/{name}{ranks}/{stage}") for ranks in (1, 2))
-        assert (one.manifest["world_size"], two.manifest["world_size"]) == (1, 2)
-        assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
-        for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
-            for key in COMPARED & ours.keys():
-                assert theirs[key] == pytest.approx(ours[key], rel=within, abs=1e-6), (stage, ours["step"], key)
-        samples = [[{k: v for k, v in row.items() if k != "kl"} for row in run.samples()] for run in (one, two)]
-        assert samples[0] == samples[1]
+    one, two = (Run(workplace / "runs" / name.format(ranks)) for ranks in (1, 2))
+    assert (one.manifest["world_size"], two.manifest["world_size"]) == (1, 2)
+    assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
+    for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
+        for key in COMPARED & ours.keys():
+            assert theirs[key] == pytest.approx(ours[key], rel=within, abs=1e-6), (name, ours["step"], key)
+    samples = [[{k: v for k, v in row.items() if k != "kl"} for row in run.samples()] for run in (one, two)]
+    assert samples[0] == samples[1]
 
 
-def test_killed_on_two_ranks_and_resumed_is_the_run_that_was_never_killed(workplace):
-    whole, killed = Run(workplace / "runs/plain2/dpo"), Run(workplace / "runs/plain2/felled")
-    for stage in ("sft", "dpo"):
-        assert on_two_ranks(workplace, stage, "plain2").returncode == 0
+def test_killed_on_two_ranks_and_resumed_is_the_run_that_was_never_killed(workplace, plain2):
+    killed = Run(workplace / "runs/plain2/felled")
     process = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled", wait=False)
     wait_until(process, lambda: any(row["step"] > 4 for row in read_lines(killed.metrics_file)))
-    subprocess.run(["pkill", "-KILL", "-f", "--", "--run felled"], check=True)  # torch gives each rank a session
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # torch gives each rank a session
+        each.kill()
     process.wait()
     resumed = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled")
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
-    same(killed, whole)
+    same(killed, plain2)
 
 
 def test_a_typo_is_one_line_and_starts_nothing(workplace):

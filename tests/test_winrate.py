@@ -179,30 +179,52 @@ def test_length_control_of_equal_outcomes_never_claims_certainty(outcome):
     assert found.high - found.low > 0.05
 
 
-def length_biased(draws: np.random.Generator, n: int, truth: float, tie_rate: float, slope: float) -> tuple:
-    longer_by = draws.normal(0.5 * slope, 1, n)
+def length_biased(draws: np.random.Generator, shape, truth: float, tie_rate: float, slope: float) -> tuple:
+    longer_by = draws.normal(0.5 * slope, 1, shape)
     mean = expit(logit(truth) + slope * np.tanh(longer_by))
     ties = np.minimum(tie_rate, 2 * np.minimum(mean, 1 - mean))
-    place = draws.random(n)
+    place = draws.random(shape)
     return np.where(place < ties, 0.5, place < ties + mean - ties / 2).astype(float), longer_by
 
 
-def length_control_holds(n: int, truth: float, tie_rate: float, slope: float, draws: int) -> float:
-    source = np.random.default_rng(0)
-    samples = (length_biased(source, n, truth, tie_rate, slope) for _ in range(draws))
-    return float(np.mean([holds(length_controlled(*sample), truth) for sample in samples]))
+def intervals_at_equal_length(outcomes_SN: np.ndarray, longer_by_SN: np.ndarray) -> np.ndarray:
+    """Low and high of S samples at once, shape (2, S): steps to the zero of Firth's modified score, all written out.
+
+    The score is Σ (y − μ + h (½ − μ)) x with h the leverage of each outcome: the derivative of what the function
+    minimizes without derivatives.
+    """
+    x_SN = np.tanh(longer_by_SN / longer_by_SN.std(1, keepdims=True))
+    moments = lambda weight_SN: [(weight_SN * x_SN**power).sum(1) for power in range(3)]
+    alpha_S, beta_S = np.zeros((2, len(x_SN)))
+    for _ in range(50):
+        mean_SN = expit(alpha_S[:, None] + beta_S[:, None] * x_SN)
+        weight_SN = mean_SN * (1 - mean_SN)
+        a, b, c = moments(weight_SN)  # information [[a, b], [b, c]]
+        determinant = a * c - b**2
+        leverage_SN = weight_SN * (c[:, None] - 2 * b[:, None] * x_SN + a[:, None] * x_SN**2) / determinant[:, None]
+        first, second, _ = moments(outcomes_SN - mean_SN + leverage_SN * (0.5 - mean_SN))
+        steps = (c * first - b * second) / determinant, (a * second - b * first) / determinant
+        alpha_S, beta_S = alpha_S + steps[0], beta_S + steps[1]
+        if np.abs(steps).max() < 1e-9:
+            break
+    else:
+        raise AssertionError("the steps do not settle")
+    p, q, r = (s + m / a for s, m in zip(moments((outcomes_SN - mean_SN) ** 2), (a, b, c), strict=True))
+    variance = (c**2 * p - 2 * b * c * q + b**2 * r) / determinant**2 * a / (a + 1)
+    return expit(alpha_S + stats.norm.ppf(0.975) * np.outer([-1, 1], np.sqrt(variance)))
 
 
-def test_length_controlled_interval_covers():
-    assert length_control_holds(100, 0.7, 0.2, 1.5, draws=400) == pytest.approx(0.95, abs=0.03)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("n", [100, 400])
 @pytest.mark.parametrize("truth", WIN_RATES)
 @pytest.mark.parametrize("tie_rate", TIE_RATES)
 def test_length_controlled_interval_covers_in_simulation(n, truth, tie_rate):
-    assert length_control_holds(n, truth, tie_rate, 1.5, draws=2000) == pytest.approx(0.95, abs=0.015)
+    """In 5,000 comparisons, fitted all at once; the function itself fits some of them, and finds the same."""
+    outcomes, longer_by = length_biased(np.random.default_rng(0), (5000, n), truth, tie_rate, 1.5)
+    low, high = intervals_at_equal_length(outcomes, longer_by)
+    for at in range(0, 5000, 250):
+        found = length_controlled(outcomes[at], longer_by[at])
+        assert (found.low, found.high) == pytest.approx((low[at], high[at]), abs=1e-5)
+    assert np.mean((low <= truth) & (truth <= high)) == pytest.approx(0.95, abs=0.015)
 
 
 # Together

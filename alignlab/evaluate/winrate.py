@@ -52,7 +52,7 @@ def length_controlled(outcomes: Sequence[float], longer_by: Sequence[float]) -> 
     Fitted with Firth's penalty ½ log det(information) (Biometrika 80, 1993), so that a judge who always prefers the
     longer reply, which makes β infinite otherwise, leaves a wide interval and not an error. The interval is Wald's on
     the logit, with the robust (sandwich) variance: ties scatter less than wins and losses, and not equally at every
-    length. One more outcome that scatters as the model says keeps it from ever being a point. In 2,000 simulated
+    length. One more outcome that scatters as the model says keeps it from ever being a point. In 5,000 simulated
     comparisons each it holds the truth in 95 ± 1.5 %, for n = 100 and 400, true rates of 0.5 and 0.7, ties up to 40 %.
 
     AlpacaEval 2 (arXiv 2404.04475) shares the length term and reads it at zero too; it also gives each instruction a
