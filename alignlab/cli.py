@@ -26,7 +26,7 @@ QUIET = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a fault the user can mend (one line on stderr), 130 interrupted."""
+    """Exit code: 0 done, 1 `--fail-on`, 2 a fault the user can mend (one line on stderr), 130 interrupted."""
     quiet = QUIET if sys.stderr.isatty() else {**QUIET, "TQDM_DISABLE": "1"}  # no bars in log files
     os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
     _configure_logging()
@@ -64,23 +64,35 @@ def _show(args: argparse.Namespace) -> None:
         print("\n" + show_arguments(stage, trl_arguments(recipe, stage, here), recipe))
 
 
-def _data(args: argparse.Namespace) -> None:
+def _data(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
+    from alignlab.doctor.gate import failures, read_limits
+
+    limits = read_limits(args.fail_on)
     from alignlab.data import write_pairs
-    from alignlab.data.describe import describe, render
+    from alignlab.doctor.examination import examine, write_examination
+    from alignlab.doctor.page import render
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
-    description = describe(pairs, recipe.data, tokenizer)
-    print(json.dumps(description, ensure_ascii=False) if args.json else render(description))
+    examination = examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts])
+    kept = write_examination(examination, Path("runs") / recipe.name)
+    print(json.dumps(examination, ensure_ascii=False) if args.json else f"{render(examination)}\n\n{kept}")
+    failed = failures(examination["findings"], limits)
+    return _say("\n".join(f"data: {line}" for line in failed), 1) if failed else 0
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report import find_runs, write_report
+    from alignlab.report import find_runs, runs_folder, write_report
 
-    for path in find_runs(args.recipe, args.run):
+    paths = [] if args.best else find_runs(args.recipe, args.run)
+    if args.best:
+        from alignlab.sweep.choice import chosen_run
+
+        paths = [chosen_run(runs_folder(args.recipe))]
+    for path in paths:
         print(write_report(path))
 
 

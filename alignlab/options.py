@@ -39,11 +39,20 @@ def _data(commands) -> None:
     data = _command(
         commands,
         "data",
-        "what is in the dataset: counts, drops by reason, lengths, a few pairs",
-        ["tiny", "mistral data.path=helpful.jsonl.gz", "tiny --json", "tiny --out pairs.jsonl"],
+        "what is in the dataset and what is wrong with it: counts, lengths, duplicates, leaks, shortcuts, hours",
+        [
+            "tiny",
+            "mistral data.path=helpful.jsonl.gz --prompts mt_bench.jsonl",
+            "tiny --fail-on wrong near-duplicates=0.01",
+            "tiny --out pairs.jsonl --json",
+        ],
     )
     data.add_argument("--json", action="store_true", help="print one JSON object")
     data.add_argument("--out", metavar="FILE", help="write the prepared rows: split, prompt, chosen, rejected")
+    about = "files of prompts to be evaluated on: are they in the training data?"
+    data.add_argument("--prompts", nargs="+", default=[], metavar="FILE", help=about)
+    about = "exit with 1 where a finding (or any of a level: wrong, doubtful, note) is there, on more than this share"
+    data.add_argument("--fail-on", nargs="+", default=[], metavar="NAME[=SHARE]", help=about)
 
 
 def _plan(commands) -> None:
@@ -94,15 +103,9 @@ def _sweep(commands) -> None:
         help="other settings to combine with the betas; a key without a section is one of dpo",
     )
     instead = sweep.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--print", action="store_true", help="one command a line: what all share first, then each member"
-    )
-    instead.add_argument(
-        "--shared", action="store_true", help="only what all share: SFT, data, the reference's numbers"
-    )
-    instead.add_argument(
-        "--collect", action="store_true", help="train nothing: the table of the members that are there"
-    )
+    instead.add_argument("--print", action="store_true", help="a command a line: what all share, then each member")
+    instead.add_argument("--shared", action="store_true", help="only what all share: SFT, data, reference")
+    instead.add_argument("--collect", action="store_true", help="train nothing: the table of the members there are")
 
 
 def _eval(commands) -> None:
@@ -156,16 +159,18 @@ def _report(commands) -> None:
         commands,
         "report",
         "one HTML page, and the same facts as report.json, from the runs of a recipe",
-        ["tiny", "mistral --run dpo dpo-beta0.3", "runs/mistral/dpo-beta0.3"],
+        ["tiny", "mistral --run dpo dpo-beta0.3", "mistral --best", "runs/mistral/dpo-beta0.3"],
         recipe=False,
     )
     report.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="a recipe's name, whose runs are under runs/, or a folder. Without --run: the sweep where there is one, "
-        "else the DPO run that was started last, else the SFT run",
+        help="a recipe's name, whose runs are under runs/, or a folder. Without an option: the sweep where there is "
+        "one, else the DPO run that was started last, else the SFT run",
     )
-    report.add_argument("--run", metavar="NAME", nargs="+", default=[], help="these runs under runs/RECIPE/ instead")
+    which = report.add_mutually_exclusive_group()
+    which.add_argument("--run", metavar="NAME", nargs="+", default=[], help="these runs under runs/RECIPE/ instead")
+    which.add_argument("--best", action="store_true", help="the run that the sweep chose instead")
 
 
 def _compare(commands) -> None:

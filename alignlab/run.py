@@ -18,6 +18,7 @@ from typing import Any
 
 from alignlab.errors import RunError
 
+EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
 MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 

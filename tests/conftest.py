@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from fake_hub import Refusing, serving
 
 SHARED = Path(__file__).parents[2] / "shared"
+SMALL = """
+about: never trained
+extends: tiny
+dpo: {beta: 0.7, max_steps: 4}
+monitor: {kl: {max_new_tokens: 8}}
+"""
+SECONDS = """
+about: seconds on a CPU
+data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
+model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
+sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+dpo: {{max_steps: 6, learning_rate: 1.0e-3, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
+monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
+"""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +44,43 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the material in {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def words():
+    """One token a character, BOS in front: lengths that a reader can count."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def refusing_hub() -> Iterator[str]:
+    """The URL of a hub on loopback that knows one gated repository, some/gated, and no other."""
+    with serving(Refusing) as url:
+        yield url
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> Path:
+    """A working directory with the recipe `small`, which is for reading and never trained."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(SMALL)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def of_seconds() -> Callable[[Path], str]:
+    """A function: a model's folder → the text of a recipe whose SFT and DPO take seconds."""
+    return lambda model: SECONDS.format(name=model)
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,8 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pyarrow
@@ -18,7 +17,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignlab.data import preparation, prepare, sft_rows, write_pairs
-from alignlab.data.describe import describe, render
 from alignlab.data.pairing import CUT, FOLDED, SHORTENED
 from alignlab.data.sources import plain_pairs
 from alignlab.data.splits import SPLITS
@@ -41,20 +39,6 @@ def real_tokenizer(name):
     if not (SHARED / "tokenizers").exists():
         pytest.skip("needs the real tokenizers")
     return AutoTokenizer.from_pretrained(SHARED / "tokenizers" / name)
-
-
-@pytest.fixture(scope="module")
-def words():
-    """One token a character, BOS in front: lengths that a reader can count."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def hh_row(human="hi", chosen="yes", rejected="no", **more):
@@ -515,21 +499,6 @@ def test_a_path_that_is_not_there_is_answered_with_the_nearest_name(tmp_path, wo
 # Hub
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A hub on loopback that knows one gated dataset and no other."""
-
-    def do_GET(self):
-        gated = "/some/gated" in self.path
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
 def hub_error(path, **environment):
     """What find_parts says about a hub id, in a process that talks to another hub."""
     code = (
@@ -542,13 +511,10 @@ def hub_error(path, **environment):
     return done.stdout.strip()
 
 
-def test_a_hub_that_cannot_be_reached_and_one_that_refuses_say_what_to_do(tmp_path):
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    Thread(target=hub.serve_forever, daemon=True).start()
-    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+def test_a_hub_that_cannot_be_reached_and_one_that_refuses_say_what_to_do(refusing_hub, tmp_path):
+    endpoint = {"HF_ENDPOINT": refusing_hub, "HF_HOME": str(tmp_path)}
     gated, unknown = hub_error("some/gated", **endpoint), hub_error("some/thing", **endpoint)
     offline = hub_error("some/thing", **{**endpoint, "HF_HUB_OFFLINE": "1"})
-    hub.shutdown()
     assert gated.startswith(MachineError.__name__) and "hf auth login" in gated and "data.path" in gated
     assert unknown.startswith(DataError.__name__) and "data.path" in unknown
     assert offline.startswith(MachineError.__name__) and "cannot be reached" in offline and "data.path" in offline
@@ -556,6 +522,19 @@ def test_a_hub_that_cannot_be_reached_and_one_that_refuses_say_what_to_do(tmp_pa
 
 
 # What is made of the pairs
+
+
+def test_a_pair_says_which_line_of_which_file_it_comes_from(tmp_path, words):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    write_lines(one, [hh_row("a", "yes", "yes"), hh_row("b", "yes", "no", split="train")])
+    write_lines(other, [hh_row("c", "yes", "no", split="test"), hh_row("d", "yes", "no", split="validation")])
+    prepared = prepare(replace(section(one), path=[str(one), str(other)]), words)
+    found = {
+        row["prompt"].split()[1]: (Path(prepared.files[row["file"]]).name, row["line"])
+        for split in SPLITS
+        for row in getattr(prepared, split)
+    }
+    assert found == {"b": ("one.jsonl", 2), "c": ("other.jsonl", 1), "d": ("other.jsonl", 2)}
 
 
 def test_sft_rows_hold_each_chosen_reply_once_and_learn_the_reply_alone(tmp_path, words):
@@ -575,35 +554,13 @@ def test_written_pairs_read_back_as_the_same_data(tmp_path, words):
     again = prepare(section(tmp_path / "pairs.jsonl", "pairs"), words)
     assert again.kept == prepared.kept and not again.dropped
     for split in SPLITS:
-        assert getattr(again, split)[:] == getattr(prepared, split)[:]
+        one, other = (getattr(pairs, split).remove_columns(["file", "line"]) for pairs in (again, prepared))
+        assert one[:] == other[:]
     assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []
 
 
-def test_the_description_counts_what_a_reader_counts(tmp_path, words):
-    """Three of four pairs with replies of different length choose the longer: 0.75 ± sqrt(0.75 · 0.25 / 4) = 0.217."""
-    rows = [hh_row(f"t{n}", reply, "bb", split="train") for n, reply in enumerate(["ccc", "ddd", "e", "ff"])]
-    rows += [hh_row("t0", "ccc", "bb", split="train"), hh_row("same", "a", "a", split="train")]
-    rows += [hh_row(f"{split} one", "kk", "ll", split=split) for split in ("validation", "test")]
-    chosen = section(write_lines(tmp_path / "rows.jsonl", rows))
-    description = json.loads(json.dumps(describe(prepare(chosen, words), chosen, words)))
-    assert (description["rows"], description["kept"], description["duplicates"]) == (8, 7, 1)
-    assert description["splits"] == {"train": 5, "validation": 1, "test": 1}
-    assert description["dropped"] == {"the two replies are identical": 1}
-    assert description["length_bias"] == pytest.approx({"longer_is_chosen": 0.75, "stderr": 0.2165, "n": 4}, abs=1e-4)
-    assert description["tokens"]["chosen"]["median"] == 4  # a space, "kk" and the EOS
-    assert description["overlap"] == {"dialogues": 0, "prompts": 0}
-    assert description["examples"][0] == {
-        "prompt": "<s>\n\nHuman: t0\n\nAssistant:",
-        "chosen": " ccc</s>",
-        "rejected": " bb</s>",
-    }
-    assert "0.750 ± 0.217 (n=4)" in render(description) and "the two replies are identical" in render(description)
-
-
 def test_preparing_leaves_torch_and_transformers_to_those_who_need_them():
-    code = (
-        "import sys, alignlab.data, alignlab.data.describe; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
-    )
+    code = "import sys, alignlab.data; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -620,7 +577,7 @@ def test_several_processes_prepare_what_one_does(tmp_path, words, monkeypatch):
     monkeypatch.setattr(preparation, "BATCH_ROWS", 100)
     found = []
     for processes, serial in ((1, 0), (3, 200)):
-        monkeypatch.setattr(preparation, "_spare_processes", lambda processes=processes: processes)
+        monkeypatch.setattr(preparation, "spare_processes", lambda processes=processes: processes)
         monkeypatch.setattr(preparation, "SERIAL_ROWS", serial)
         monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / f"cache{processes}"))
         found.append(prepare(section(path), words))
@@ -632,7 +589,7 @@ def test_several_processes_prepare_what_one_does(tmp_path, words, monkeypatch):
 def test_a_fault_in_the_middle_of_many_rows_ends_the_helping_processes(tmp_path, words, monkeypatch):
     monkeypatch.setattr(preparation, "BATCH_ROWS", 10)
     monkeypatch.setattr(preparation, "SERIAL_ROWS", 10)
-    monkeypatch.setattr(preparation, "_spare_processes", lambda: 2)
+    monkeypatch.setattr(preparation, "spare_processes", lambda: 2)
     path = write_lines(tmp_path / "rows.jsonl", dialogues(500))
     path.write_text(path.read_text() + "{cut")
     with pytest.raises(DataError, match=r"rows.jsonl:501: not JSON"):

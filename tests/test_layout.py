@@ -19,17 +19,19 @@ from alignlab.fields import library_settings
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
     "errors rules fields store written recipe listing arguments launch guards run quality summary transcript files "
-    "words format toy intervals "
+    "words format prompts refusals toy intervals "
     "plan.shapes plan.tape plan.layers plan.memory plan "
-    "report.curves report.verdict report.replies report.reading report.facts report.charts report "
+    "report.curves report.verdict report.replies report.reading report.facts report.charts report.pictures report "
     "data.rows data.sources data.splits data.pairing data.ledger data.prepared data.identity data.preparation data "
-    "data.describe "
+    "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.doubles doctor.near doctor.texts "
+    "doctor.damage doctor.shortcuts "
+    "doctor.costs doctor.description doctor.examination doctor.page "
     "model measures generate heldout samples layout packing reference monitor pretrain trainers figures train probe "
     "sweep sweep.members sweep.choice sweep.runner "
     "export.chat export.card export.merge export.difference export.hub export "
     "lineup "
     "evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.kept evaluate.candidates "
-    "evaluate.answers evaluate.estimates evaluate.prompts evaluate.refusals evaluate.harm evaluate.stereotypes "
+    "evaluate.answers evaluate.estimates evaluate.harm evaluate.stereotypes "
     "evaluate.watch evaluate.preference evaluate.contests evaluate.safety evaluate.benchmarks evaluate.scoreboard "
     "evaluate "
     "options cli __main__"
@@ -42,7 +44,8 @@ TREES = {
 }
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
 LIGHT = (
-    "__init__ recipe run summary transcript toy arguments data data.describe plan guards report sweep.choice".split()
+    *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "report"),
+    *("run", "summary", "sweep.choice", "toy", "transcript"),
 )
 SECTIONS = [each for name, each in vars(recipe).items() if name.endswith("Section")]
 READERS = set(TREES) - {"recipe", "rules", "listing"}

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.errors import DataError
-from alignlab.evaluate.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.format import Dialogue, Format
+from alignlab.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.transcript import ASSISTANT, Turn, join_turns
 
 TEMPLATE = (

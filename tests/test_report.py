@@ -370,6 +370,7 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
             "there is no run of mistral yet (looked in runs/mistral); make one with alignlab dpo mistral",
         ),
         (["report", "tiny", "--run", "nope"], "runs/tiny/nope holds no run; there: bare, dpo, older, sft"),
+        (["report", "tiny", "--best"], "there is no runs/tiny/sweep.json with a best run; make it with alignlab sweep"),
         (["report", "runs/tiny/bare"], "runs/tiny/bare is finished, but has no metrics.jsonl"),
         (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
         (["compare", "runs/tiny/dpo"], "one run cannot be compared; name two or more"),
@@ -430,6 +431,20 @@ def test_the_command_ends_with_the_path(here, capsys):
     make(Path("runs/tiny/dpo"))
     assert cli.main(["report", "tiny"]) == 0
     assert capsys.readouterr().out == "runs/tiny/dpo/report.html\n"
+
+
+def test_best_is_the_run_that_the_sweep_chose(here, capsys):
+    names = {"dpo": 0.1, "dpo-beta0.3": 0.3}
+    for name, beta in names.items():
+        make(Path("runs/mine") / name, beta=beta)
+    make_sweep(Path("runs/mine"), names, "dpo-beta0.3")
+    for recipe in ("mine", "recipes/mine.yaml", "runs/mine"):
+        assert cli.main(["report", recipe, "--best"]) == 0
+        assert capsys.readouterr().out == "runs/mine/dpo-beta0.3/report.html\n"
+    make_sweep(Path("runs/mine"), names, None, why="no member has a KL below 10")
+    assert cli.main(["report", "mine", "--best"]) == 2
+    said = "runs/mine/sweep.json has chosen no member: no member has a KL below 10; name a run with --run\n"
+    assert capsys.readouterr().err == said
 
 
 # --- hostile text ---

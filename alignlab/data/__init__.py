@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,8 @@ class Prepared:
     Each split has `prompt`, `chosen`, `rejected` (what the model sees, without BOS and EOS unless a chat template
     writes them into the prompt) and `prompt_ids`, `chosen_ids`, `rejected_ids`: what TRL's `DPOTrainer` makes of these
     strings, but that a reply that was cut carries no EOS (it would teach the model to stop anywhere). Where the source
-    has it, `confidence` is that of the person who preferred.
+    has it, `confidence` is that of the person who preferred. `file` and `line` say which row a pair comes from: the
+    number of its name in `files`, and the line or row there.
     """
 
     train: datasets.Dataset
@@ -64,10 +65,18 @@ class Prepared:
     dropped: Mapping[str, int]  # rows and pairs left out, by reason
     repaired: Mapping[str, int]  # kept rows (for "reply cut": replies) that were changed, by what was done
     parts: Sequence[Mapping[str, Any]]  # of each path: path, source, rows, kept, dropped
+    files: Sequence[str]  # names of the files and tables that `file` counts, from 0
     dropped_rows: Path  # JSON lines: reason, file, line, row
     dialogues: Mapping[str, frozenset[bytes]]  # hashes of the dialogues in each split (see `pairing`)
     fingerprint: str  # of the prepared rows: equal where each split holds the same strings and ids in the same order
     folder: Path  # the Arrow files: in the cache, or gone when the process ends
+
+    def batches(self, columns: Sequence[str]) -> Iterator[tuple[str, int, dict[str, list[Any]]]]:
+        """All pairs a thousand at a time: the split, the number of the first of them there, and their columns."""
+        for split in SPLITS:
+            rows = getattr(self, split).select_columns(list(columns))
+            for number, batch in enumerate(rows.iter(BATCH_ROWS)):
+                yield split, number * BATCH_ROWS, batch
 
 
 def prepare(section: DataSection, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Prepared:
@@ -108,6 +117,7 @@ def _prepared(job: Job) -> Prepared:
     return Prepared(
         **{split: open_arrow(entry.folder / f"{split}.arrow") for split in SPLITS},
         **{name: account[name] for name in ("rows", "kept", "dropped", "repaired", "fingerprint")},
+        files=[part.name for part in job.parts],
         parts=_by_path(job.parts, account["parts"]),
         dropped_rows=_dropped_rows(entry, names),
         dialogues=read_dialogues(entry.folder, account["dialogues"]),

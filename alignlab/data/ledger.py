@@ -36,15 +36,22 @@ PAIR_COLUMNS = {
     "rejected_ids": "ids",
 }
 CONFIDENCE = {"confidence": "number"}  # a column beside them, where a source has it
+ORIGIN = {"file": "count", "line": "count"}  # columns of every pair: the number of its file, and the line there
 KEY_BYTES = 8  # of a dialogue
 
 
 class Ledger:
     """Counts what becomes of each row, and takes the pairs that are kept; a context manager that closes its files."""
 
-    def __init__(self, folder: Path, columns: Mapping[str, str], apart_from: Mapping[str, frozenset[bytes]]):
+    def __init__(
+        self,
+        folder: Path,
+        columns: Mapping[str, str],
+        parts: Sequence[Part],
+        apart_from: Mapping[str, frozenset[bytes]],
+    ):
         """Dialogues of `apart_from` (of other data, by split) are dropped."""
-        self.folder, self.columns, self.apart_from = folder, columns, apart_from
+        self.folder, self.columns, self.parts, self.apart_from = folder, columns, parts, apart_from
         self.rows = self.pairs = 0
         self.kept, self.dropped, self.repaired = Counter(), Counter(), Counter()
         self.by_part: defaultdict[str, Counter[Part]] = defaultdict(Counter)  # of rows, kept, dropped
@@ -52,13 +59,14 @@ class Ledger:
         self.first_dropped: dict[str, Row] = {}  # by reason
         self._of_prompt: Counter[bytes] = Counter()
         self._content = xxhash.xxh3_128()
-        self._pending: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+        self._number = {part: number for number, part in enumerate(parts)}
+        self._pending: dict[str, list[tuple[Pair, int, int]]] = {split: [] for split in SPLITS}
         self._files = ExitStack()
 
     def __enter__(self) -> Ledger:
         self._dropped = self._files.enter_context((self.folder / "dropped.jsonl").open("w", encoding="utf-8"))
         self._tables = {
-            split: self._files.enter_context(arrow_writer(self.folder / f"{split}.arrow", self.columns))
+            split: self._files.enter_context(arrow_writer(self.folder / f"{split}.arrow", self.columns | ORIGIN))
             for split in SPLITS
         }
         return self
@@ -88,7 +96,7 @@ class Ledger:
         self.by_part["kept"][part] += 1
         self.dialogues[pair.split].add(pair.key)
         self.repaired.update(pair.repaired)
-        self._pending[pair.split].append(pair)
+        self._pending[pair.split].append((pair, self._number[part], row.line))
         self._content.update(_bytes(pair))
 
     def _refusal(self, pair: Pair, most_of_a_prompt: int | None) -> str | None:
@@ -106,14 +114,16 @@ class Ledger:
 
     def flush(self) -> None:
         """Writes the pairs taken so far to their Arrow files."""
-        for split, pairs in self._pending.items():
-            if pairs:
+        for split, pending in self._pending.items():
+            if pending:
+                pairs, files, lines = zip(*pending, strict=True)
                 columns = {name: [getattr(pair, name) for pair in pairs] for name in self.columns}
-                self._tables[split].write_batch(record_batch(columns, self.columns))
-                pairs.clear()
+                batch = record_batch(columns | {"file": files, "line": lines}, self.columns | ORIGIN)
+                self._tables[split].write_batch(batch)
+                pending.clear()
 
-    def account(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """What became of all rows, as plain JSON; "files" and "parts" follow the order of `parts`."""
+    def account(self) -> dict[str, Any]:
+        """What became of all rows, as plain JSON; "files" and "parts" follow the order of the parts."""
         assert not any(self.dialogues[a] & self.dialogues[b] for a, b in combinations(SPLITS, 2)), (
             "splits share dialogues"
         )
@@ -125,8 +135,8 @@ class Ledger:
             "dropped": dict(self.dropped),
             "first_dropped": {reason: [row.file, row.line] for reason, row in self.first_dropped.items()},
             "repaired": dict(self.repaired),
-            "files": [part.name for part in parts],
-            "parts": [{what: of[part] for what, of in self.by_part.items()} for part in parts],
+            "files": [part.name for part in self.parts],
+            "parts": [{what: of[part] for what, of in self.by_part.items()} for part in self.parts],
             "dialogues": {split: len(keys) for split, keys in self.dialogues.items()},
             "fingerprint": self._content.hexdigest(),
         }
@@ -173,7 +183,12 @@ def arrow_writer(path: Path, columns: Mapping[str, str]) -> pyarrow.RecordBatchS
 def _schema(columns: Mapping[str, str]) -> pyarrow.Schema:
     import pyarrow
 
-    kinds = {"string": pyarrow.string(), "ids": pyarrow.list_(pyarrow.int32()), "number": pyarrow.float32()}
+    kinds = {
+        "string": pyarrow.string(),
+        "ids": pyarrow.list_(pyarrow.int32()),
+        "number": pyarrow.float32(),
+        "count": pyarrow.int32(),
+    }
     return pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
 
 

@@ -36,7 +36,7 @@ def prepare_rows(job: Job, folder: Path) -> Account:
     """Prepares all rows into Arrow files in a folder."""
     columns = (PAIR_COLUMNS if job.has_pairs else REPLY_COLUMNS) | (CONFIDENCE if job.has_confidence else {})
     caps = [job.section.max_pairs_per_prompt or PROMPT_CAPS.get(part.source) for part in job.parts]
-    with _collector_off(), Ledger(folder, columns, job.apart_from) as ledger:
+    with _collector_off(), Ledger(folder, columns, job.parts, job.apart_from) as ledger:
         for batch, (pairs, refused) in _made(job, _batches(_progress(_read_rows(job, ledger)))):
             for place, reason in refused:
                 ledger.drop(job.parts[batch[place].part], batch[place].row, reason)
@@ -45,7 +45,7 @@ def prepare_rows(job: Job, folder: Path) -> Account:
                 ledger.keep(pair, job.parts[source.part], source.row, caps[source.part])
             ledger.flush()
     _check_splits(ledger, job)
-    return ledger.account(job.parts)
+    return ledger.account()
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def _made(job: Job, batches: Iterator[list[Source]]) -> Iterator[tuple[list[Sour
     """Each batch with its pairs, in order."""
     for batch in islice(batches, SERIAL_ROWS // BATCH_ROWS):
         yield batch, make_pairs(batch, job)
-    processes = _spare_processes()
+    processes = spare_processes()
     first = next(batches, None) if processes > 1 else None
     if first is None:
         for batch in batches:
@@ -102,11 +102,11 @@ def _made(job: Job, batches: Iterator[list[Source]]) -> Iterator[tuple[list[Sour
             pool.shutdown(cancel_futures=True)
 
 
-def _spare_processes() -> int:
-    """How many processes may help; a process whose children would not be its own to end gets none."""
+def spare_processes(most: int = MOST_PROCESSES) -> int:
+    """How many processes may work, this one among them; a process whose children would not be its own has no others."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
-    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    return min(len(os.sched_getaffinity(0)), most)
 
 
 _job: Job  # of a process that helps

@@ -77,7 +77,7 @@ def find_runs(recipe: str, names: Sequence[str] = ()) -> list[Path]:
     RECIPE is a run directory, a folder of runs, or a recipe's name or file, whose runs are under `runs/`; the recipe
     itself need not be there. Without names: the sweep where there is one, else the run of `last_run`.
     """
-    folder = _folder(recipe)
+    folder = runs_folder(recipe)
     if names:
         return [_named(folder, name) for name in names]
     return [folder] if Run(folder).manifest or (folder / "sweep.json").is_file() else [last_run(recipe)]
@@ -85,7 +85,7 @@ def find_runs(recipe: str, names: Sequence[str] = ()) -> list[Path]:
 
 def last_run(recipe: str) -> Path:
     """The DPO run that was started last, else the last SFT run; RECIPE as for `find_runs`."""
-    folder = _folder(recipe)
+    folder = runs_folder(recipe)
     if Run(folder).manifest:
         return folder
     runs = _runs_in(folder)
@@ -98,7 +98,8 @@ def last_run(recipe: str) -> Path:
     return max(runs, key=lambda path: (Run(path).manifest.get("stage") == "dpo", _started(path)))
 
 
-def _folder(recipe: str) -> Path:
+def runs_folder(recipe: str) -> Path:
+    """Where the runs of RECIPE are: `runs/NAME` for a recipe's name or file, a folder itself."""
     path = Path(recipe)
     if path.is_dir():
         return path
@@ -155,12 +156,37 @@ def render(facts: Mapping[str, Any], page: Path) -> str:
         "eval_columns": list(dict.fromkeys(name for row in evaluation.get("table") or [] for name in row["values"])),
         "test_rows": TEST_ROWS,
         "data_rows": _side_by_side(runs, _data_rows),
+        "examination": _examination(runs),
+        "pictures": _pictures(_examination(runs)),
         "where_rows": _side_by_side(runs, _where_rows),
         "links": [_link(Path(run["folder"]), page) for run in runs],
         "json_name": page.with_suffix(".json").name,
         "version": __version__,
     }
     return _template().render({**context, "sections": _sections(facts)})
+
+
+def _examination(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """What is known of the data that the runs share."""
+    return runs[0]["examination"] if runs and len({run["data"].get("fingerprint") for run in runs}) == 1 else None
+
+
+def _pictures(examination: Mapping[str, Any] | None) -> list[tuple[str, str, Markup]]:
+    """Drawings of the data with what they show in words, and the numbers behind them as text."""
+    from alignlab.report.pictures import draw_features, draw_lengths
+
+    if not examination:
+        return []
+    histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"]]
+    tokens = "; ".join(
+        f"{name}: median {of['median']:,}, 95% at most {of['p95']:,}, longest {of['max']:,}"
+        for name, of in examination["tokens"].items()
+    )
+    shares = "; ".join(f"{f['name']} {f['accuracy']:.1%} ({f['low']:.1%} to {f['high']:.1%})" for f in features)
+    return [
+        ("Length in tokens", f"{tokens} tokens.", Markup(draw_lengths(histogram))),
+        ("What tells the chosen reply", f"Share of pairs, 95% interval: {shares}.", Markup(draw_features(features))),
+    ]
 
 
 def _sections(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -62,8 +62,8 @@ def draw_curves(chart: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     several = len(labels) > 1
     names = [_name(s, labels, several) for s in chart["series"]]
     named = [(s, name) for s, name in zip(chart["series"], names, strict=True) if name]
-    with _drawing(chart["title"]):
-        figure, axes = _axes(chart, max((len(name) for _, name in named), default=0))
+    with drawing(chart["title"]):
+        figure, axes = make_axes(chart, max((len(name) for _, name in named), default=0))
         for at, series in enumerate(chart["series"]):
             _curve(axes, series, _look(series, at, list(labels).index(series["run"]), several), several)
         _limits(axes, chart)
@@ -73,14 +73,14 @@ def draw_curves(chart: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         _names_at_the_ends(
             axes, [(s["points"][-1], name, _colour(s, list(labels).index(s["run"]), several)) for s, name in named]
         )
-        return _svg(figure, f"{chart['title']}: {spoken(chart, labels)}")
+        return to_svg(figure, f"{chart['title']}: {spoken(chart, labels)}")
 
 
 def draw_frontier(frontier: Mapping[str, Any]) -> str:
     """Reward against KL, one point a member with its 95 % intervals, as an SVG element."""
     points = frontier["points"]
-    with _drawing(frontier["title"]):
-        figure, axes = _axes(frontier, 6, wide=True)
+    with drawing(frontier["title"]):
+        figure, axes = make_axes({**frontier, "across": "KL from the reference, nats per reply"}, 6, wide=True)
         ordered = sorted(points, key=lambda point: point["x"]["mean"])
         axes.plot([p["x"]["mean"] for p in ordered], [p["y"]["mean"] for p in ordered], color=MUTED, lw=1, ls=DASHES[2])
         for point in points:
@@ -91,11 +91,11 @@ def draw_frontier(frontier: Mapping[str, Any]) -> str:
         axes.get_xlim(), axes.get_ylim()  # settles the axes: names are placed by where the points lie on the drawing
         _name_points(axes, points)
         said = [f"{p['label']} at KL {p['x']['mean']:.3g}, {p['y']['mean']:.3g}" for p in ordered]
-        return _svg(figure, f"{frontier['title']}: {'; '.join(said)}")
+        return to_svg(figure, f"{frontier['title']}: {'; '.join(said)}")
 
 
 @contextlib.contextmanager
-def _drawing(title: str) -> Iterator[None]:
+def drawing(title: str) -> Iterator[None]:
     """matplotlib's own defaults and ours, whatever a matplotlibrc says; ids that no other chart of the page has."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context({**defaults, **STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
@@ -115,7 +115,7 @@ def spoken(chart: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
-def _axes(chart: Mapping[str, Any], longest: int, wide: bool = False) -> tuple[Figure, Axes]:
+def make_axes(chart: Mapping[str, Any], longest: int, wide: bool = False) -> tuple[Figure, Axes]:
     width, height = (400, 270) if wide else (WIDTH, HEIGHT)
     left, right, top, bottom = 46, max(36, min(longest, 18) * LETTER + 12), 30, 36 if wide else 24
     figure = Figure((width / 72, height / 72), dpi=72)
@@ -136,9 +136,9 @@ def _axes(chart: Mapping[str, Any], longest: int, wide: bool = False) -> tuple[F
     axes.text(4 / width, 1 - 12 / height, chart["unit"], color=MUTED, fontsize=TEXT - 0.5, transform=figure.transFigure)
     write = partial(axes.text, color=MUTED, fontsize=TEXT - 0.5, transform=figure.transFigure)
     if wide:
-        write(1 - right / width, 3 / height, "KL from the reference, nats per reply", ha="right")
+        write(1 - right / width, 3 / height, chart["across"], ha="right")
     else:
-        write(1 - (right - 8) / width, (bottom - 15.5) / height, "step")
+        write(1 - (right - 8) / width, (bottom - 15.5) / height, chart.get("across", "step"))
     return figure, axes
 
 
@@ -351,7 +351,7 @@ def _reach(estimate: Mapping[str, Any]) -> list[list[float]] | None:
     return [[max(0.0, estimate["mean"] - estimate["low"])], [max(0.0, estimate["high"] - estimate["mean"])]]
 
 
-def _svg(figure: Figure, words: str) -> str:
+def to_svg(figure: Figure, words: str) -> str:
     """The drawing as an element to stand in a page: no document around it, no size, the page's colours and fonts."""
     from html import escape
 

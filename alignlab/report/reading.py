@@ -16,7 +16,7 @@ from alignlab.errors import RunError
 from alignlab.report.curves import is_number, read_metrics
 from alignlab.report.replies import last_samples
 from alignlab.report.verdict import with_interval
-from alignlab.run import Run
+from alignlab.run import EXAMINATION, Run
 
 TEST = {  # name in the manifest → name here, and whether it is a share
     "rewards/accuracies": ("accuracy", True),
@@ -59,6 +59,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         "evaluations": _evaluations(rows, manifest.get("best_step")),
         "data": _table(manifest.get("data")),
+        "examination": _examination(run, _table(manifest.get("data"))),
         "data_from": {key: data.get(key) for key in ("source", "path", "subset", "format") if data.get(key)},
         "samples_split": split,
         "where": _where(manifest),
@@ -87,6 +88,17 @@ def _manifest(run: Run, has_metrics: bool) -> dict[str, Any]:
 
 def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _examination(run: Run, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What `alignlab data` has found in these very rows, where it was asked."""
+    try:
+        found = _table(json.loads((run.path.parent / EXAMINATION).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+    if not data.get("fingerprint") or found.get("fingerprint") != data["fingerprint"]:
+        return None
+    return {name: found.get(name) for name in ("tokens", "histogram", "turns", "findings", "features", "costs")}
 
 
 def _fate(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings) -> dict[str, Any]:

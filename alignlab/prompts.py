@@ -61,14 +61,7 @@ def read_prompts(file: Path, form: Format, most_tokens: int) -> PromptSet:
 
     Raises DataError where the file has no column of prompts, or a label that is neither harmful nor benign.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: no such file of prompts")
-    known_as, asked = "", []
-    for row in read_file(file):
-        known_as = known_as or _known_as(row)
-        asked.append(_read_row(row, known_as))
-    if not asked:
-        raise DataError(f"{file} holds no prompts")
+    known_as, asked = _read(file)
     found, left_out = {}, Counter()
     for text, label in asked:
         if text in found:
@@ -83,6 +76,24 @@ def read_prompts(file: Path, form: Format, most_tokens: int) -> PromptSet:
     if not found:
         raise DataError(f"{file}: none of its {len(asked)} prompts can be asked ({', '.join(left_out)})")
     return PromptSet(file.stem, known_as, list(found.values()), left_out)
+
+
+def texts_of(file: Path) -> list[str]:
+    """The texts of a file of prompts as they stand there, each once."""
+    return list(dict.fromkeys(text for text, _ in _read(file)[1]))
+
+
+def _read(file: Path) -> tuple[str, list[tuple[str, str | None]]]:
+    """What the file is known as, and each row's prompt and label."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file of prompts")
+    known_as, asked = "", []
+    for row in read_file(file):
+        known_as = known_as or _known_as(row)
+        asked.append(_read_row(row, known_as))
+    if not asked:
+        raise DataError(f"{file} holds no prompts")
+    return known_as, asked
 
 
 def _known_as(row: Row) -> str:

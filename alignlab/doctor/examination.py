@@ -1,0 +1,110 @@
+"""All that the doctor says of a recipe's data, as one JSON object: what is in it, what is wrong, what it will cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignlab.data import Prepared, prepare_replies
+from alignlab.doctor.costs import Rows, costs
+from alignlab.doctor.damage import find_damage
+from alignlab.doctor.description import describe
+from alignlab.doctor.doubles import double_findings
+from alignlab.doctor.finding import LEVELS, Finding, Shown
+from alignlab.doctor.limits import limit_findings
+from alignlab.doctor.near import near_findings
+from alignlab.doctor.shortcuts import find_shortcuts
+from alignlab.format import Format
+from alignlab.prompts import as_transcript, texts_of
+from alignlab.recipe import Recipe
+from alignlab.run import EXAMINATION, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SHOWN_CHARACTERS = 300  # of a pair's texts beside a finding; the whole is at its file and line
+
+
+def examine(
+    prepared: Prepared,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_files: Sequence[Path] = (),
+    root: Path = Path("runs"),
+) -> dict[str, Any]:
+    """The description, each finding with three pairs that show it (the worst come first), and what training takes."""
+    began = time.perf_counter()
+    asked = {file.name: texts_of(file) for file in prompt_files}
+    form = Format(recipe.data.format, tokenizer)
+    shortcuts = find_shortcuts(prepared)
+    found = [*_findings(prepared, form, asked), *shortcuts.findings]
+    found.sort(key=lambda one: (LEVELS.index(one.level), not one.count))
+    description = describe(prepared, recipe.data, tokenizer)
+    log.info("data: %d things looked for, in %.1f s", len(found), time.perf_counter() - began)
+    return {
+        **description,
+        "findings": [_as_json(finding, prepared) for finding in found],
+        "features": [*shortcuts.features],
+        "shortcuts": {"model": asdict(shortcuts.model), "longest": asdict(shortcuts.longest)},
+        "costs": costs(_rows(prepared, recipe, tokenizer, description), recipe, root),
+    }
+
+
+def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
+    """Keeps it where the report of a run on the same data finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / EXAMINATION, json.dumps(examination, ensure_ascii=False) + "\n")
+    return folder / EXAMINATION
+
+
+def _findings(prepared: Prepared, form: Format, asked: Mapping[str, Sequence[str]]) -> Iterable[Finding]:
+    transcript = partial(as_transcript, form)
+    yield from limit_findings(prepared)
+    yield from double_findings(prepared, transcript)
+    yield from near_findings(prepared, asked, transcript)
+    yield from find_damage(prepared, form.name)
+
+
+def _as_json(finding: Finding, prepared: Prepared) -> dict[str, Any]:
+    shown = [_shown(one, prepared) for one in finding.shown]
+    return {**asdict(finding), "share": finding.share, "shown": shown}
+
+
+def _shown(one: Shown, prepared: Prepared) -> dict[str, Any]:
+    if not one.split:
+        return {"what": one.what}
+    pair = getattr(prepared, one.split)[one.number]
+    texts = {name: _short(pair[name]) for name in ("prompt", "chosen", "rejected")}
+    return {**one._asdict(), "file": prepared.files[pair["file"]], "line": pair["line"], **texts}
+
+
+def _short(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
+
+
+def _rows(
+    prepared: Prepared, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, description: Mapping[str, Any]
+) -> dict[str, Rows]:
+    """What each stage trains on; the mean lengths are those of all splits."""
+    mean = {name: of["mean"] for name, of in description["tokens"].items()}
+    pairs = Rows(prepared.kept["train"], mean["prompt"], mean["chosen"], mean["rejected"])
+    if not recipe.data.sft.path:
+        return {"sft": Rows(pairs.count, pairs.prompt, pairs.chosen), "dpo": pairs}
+    replies = prepare_replies(recipe.data, tokenizer, prepared).train
+    prompt, chosen = (_mean_length(replies, f"{name}_ids") for name in ("prompt", "chosen"))
+    return {"sft": Rows(len(replies), prompt, chosen), "dpo": pairs}
+
+
+def _mean_length(rows: Any, column: str) -> float:
+    import pyarrow.compute
+
+    return pyarrow.compute.mean(pyarrow.compute.list_value_length(rows.data.column(column))).as_py()
