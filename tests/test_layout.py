@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,13 @@ def imported(tree: ast.AST) -> set[str]:
 
 def test_the_order_names_every_module_once():
     assert sorted(ORDER) == sorted(set(TREES) - {"__init__"})
+
+
+def test_the_tree_of_the_readme_is_that_order():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme[readme.index("\nalignlab/ ") : readme.index("\nrecipes/ ")]
+    named = [line.split()[0].replace("/", ".") for line in tree.splitlines() if re.match("  [a-z]", line)]
+    assert named == [name for name in ORDER if name != "__main__"]
 
 
 def test_the_modules_of_a_package_stand_together():
