@@ -103,7 +103,11 @@ def test_many_texts_that_are_alike_but_not_near_take_a_bounded_number_of_compari
     texts = [shared + "".join(word(rng) for _ in range(12)) for _ in range(500)]
     assert 0.7 < similarity(texts[0], texts[1]) < NEAR
     near_earlier(texts, len(texts))
-    assert len(compared) <= near.CHECKED * len(texts)
+    assert 1000 < len(compared) <= near.CHECKED * len(texts)
+    compared.clear()
+    monkeypatch.setattr(near, "REFUTED", 1000)
+    near_earlier(texts, len(texts))
+    assert len(compared) <= 1000 + len(texts)
 
 
 SHORT = st.text(alphabet="ab", min_size=0, max_size=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from alignlab.data import Prepared
 from alignlab.data.pairing import CUT, SHORTENED
@@ -39,7 +40,7 @@ def _dropped_rows(prepared: Prepared) -> Iterator[Shown]:
     with prepared.dropped_rows.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            yield Shown("", 0, f"{row['file']}:{row['line']} {row['reason']}")
+            yield Shown("", 0, f"{Path(row['file']).name}:{row['line']} {row['reason']}")
 
 
 def _shortened(prepared: Prepared, kept: int) -> Finding:

@@ -10,7 +10,8 @@ Candidates come from MinHash signatures of `BANDS * ROWS` permutations by datask
 Rajaraman, Ullman, "Mining of Massive Datasets", 3.4). Two texts of similarity s share no band with probability
 (1 - s**ROWS)**BANDS: 5e-5 at 0.8, less above. Of the candidates only those whose signatures agree in `NEAR - MARGIN`
 of their places are looked at (four standard errors of that estimate), and each of these by its real shingles, so that
-nothing is called near which is not; at most `CHECKED` for one text.
+nothing is called near which is not; at most `CHECKED` for one text, and one for each text that is left once `REFUTED`
+have come to nothing: in data made of a long template, with similarities just below 0.8, some near texts are missed.
 
 Texts that are alike by construction (a template, one question edited a hundred times) fill whole bands with one group.
 So a text is compared with the `WINDOW` texts before it in its group and with the `FIRST` of it, and no further once it
@@ -42,6 +43,7 @@ SEED = 1  # of the permutations
 MARGIN = 0.15  # below NEAR, of the similarity that signatures estimate
 WINDOW, FIRST = 16, 4  # texts of a group that one is compared with
 CHECKED = 16  # candidates of one text that are compared by their shingles
+REFUTED = 100_000  # comparisons that find two texts not near, about 20 s of them, before each text has one only
 PIECE = 4096  # shingles sketched at once, and rows of signatures compared at once: what is held in memory
 
 
@@ -212,6 +214,8 @@ def near_earlier(
             else:
                 refuted.add((place, earlier))
                 tries[place] -= 1
+                if len(refuted) == REFUTED:
+                    tries[:] = np.where(tries == CHECKED, 1, 0)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alignlab.data.splits import SPLITS
@@ -72,7 +73,7 @@ def _finding(finding: Mapping[str, Any]) -> list[str]:
     head = f"{finding['level']:<9} {finding['name']}: {finding['says']}"
     lines = ["", *textwrap.wrap(harmless(head), WIDTH, subsequent_indent=INDENT)]
     for one in finding["shown"]:
-        place = f"{one['file']}:{one['line']}  " if "file" in one else ""
+        place = f"{Path(one['file']).name}:{one['line']}  " if "file" in one else ""
         lines.append(harmless(f"{INDENT}· {place}{one['what']}"))
     indents = {"initial_indent": f"{INDENT}→ ", "subsequent_indent": f"{INDENT}  "}
     return lines + textwrap.wrap(finding["advice"], WIDTH, **indents)
