@@ -17,7 +17,7 @@ from alignlab.measures import Estimate, estimate
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
 from alignlab.run import Run, write_lines
-from alignlab.samples import HeldOutPrompts, Samples
+from alignlab.samples import HeldOutPrompts
 from alignlab.trainers import AlignDPOTrainer
 
 
@@ -30,11 +30,8 @@ def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, seed: int) -> H
     return HeldOutPrompts(split, texts, ids, kl.max_new_tokens, stops_of(recipe.data.format), kl.batch_size, seed)
 
 
-def figures_on_test(
-    trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run, share: tuple[int, int]
-) -> dict[str, Any]:
+def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
     """Estimates over the test pairs, and over replies to the test prompts; `scores.jsonl` has each held-out pair's."""
-    tokenizer = trainer.processing_class
     scored = {split: _score(trainer, of) for split, of in (("validation", pairs.validation), ("test", pairs.test))}
     if run.is_writer:
         write_lines(run.scores_file, _scores(scored))
@@ -42,7 +39,7 @@ def figures_on_test(
     found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
     found["perplexity"] = heldout.reply_perplexity(policy)
     found["reference_perplexity"] = heldout.reply_perplexity(reference)
-    samples = Samples(run, tokenizer, held_out_prompts(recipe, pairs.test, "test", trainer.args.seed), share)
+    samples = trainer.samples.on(held_out_prompts(recipe, pairs.test, "test", trainer.args.seed))
     best = trainer.state.best_global_step
     step = trainer.state.global_step if best is None else best
     replies = samples.measure(trainer.model, step, trainer.reference_context())
@@ -54,7 +51,7 @@ def figures_on_test(
 
 def _score(trainer: AlignDPOTrainer, pairs: Dataset) -> tuple[PairLogps, PairLogps]:
     """What policy and reference make of these pairs."""
-    policy = heldout.score_pairs(trainer.model, pairs, trainer.processing_class.pad_token_id)
+    policy = trainer.score_pairs(trainer.model, pairs)
     return policy, _reference_logps(trainer, pairs, policy)
 
 
@@ -72,7 +69,7 @@ def _reference_logps(trainer: AlignDPOTrainer, pairs: Dataset, policy: PairLogps
         chosen, rejected = (torch.tensor(list(pairs[name])) for name in COLUMNS)
         return PairLogps(chosen, rejected, policy.chosen_tokens_N)
     with trainer.as_reference() as model:
-        return heldout.score_pairs(model, pairs, trainer.processing_class.pad_token_id)
+        return trainer.score_pairs(model, pairs)
 
 
 def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:

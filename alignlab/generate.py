@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from alignlab.measures import token_logps
 
@@ -62,15 +69,24 @@ def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops) -> list[Re
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
-        stop_strings=list(stops) or None,
         **choice,
     )
+    ends = _stop_criteria(tokenizer, tuple(stops), len(tokenizer))
     was_training = model.training
     model.eval()
     with _own_settings_off(model):
-        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, tokenizer=tokenizer)
+        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, stopping_criteria=ends)
     model.train(was_training)
     return [_reply(tokenizer, row, stops) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
+
+
+@functools.lru_cache(maxsize=4)
+def _stop_criteria(tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], _words: int) -> StoppingCriteriaList:
+    """What `generate` makes of `stop_strings`, made once: a third of a second at 32,000 words.
+
+    The cache of transformers 5.23 never hits, since its key is the vocabulary in an order that changes at each call.
+    """
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, list(stops))] if stops else [])
 
 
 @contextlib.contextmanager

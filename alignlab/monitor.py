@@ -1,4 +1,4 @@
-"""Trainer callbacks: the metrics file, guards, checkpoints that count, and early checks."""
+"""Trainer callbacks: the metrics file, guards, checkpoints that count, and early checks; and the peak of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import netrc
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
@@ -36,6 +37,7 @@ SHOWN = {  # of an evaluation, on the terminal
     "eval_reply_tokens": "tokens per reply",
 }
 START_TOLERANCE = 0.01
+PEAK_RESET, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class MetricsFile(TrainerCallback):
@@ -208,6 +210,22 @@ class Guard(TrainerCallback):
             wandb.run.summary[f"warnings/{alarm.guard}"] = alarm.message
 
 
+def stop_reason(state: TrainerState, stopped: Alarm | None) -> str:
+    """Why a run ended, and which checkpoint is kept, in a sentence; `stopped` is what a guard ended it for."""
+    if stopped and not state.best_model_checkpoint:
+        kept = "no checkpoint was inside the limits, so the reference itself is kept"
+        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
+    if stopped:
+        kept = f"kept the best checkpoint inside the limits, step {state.best_global_step}"
+        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
+    if state.global_step >= state.max_steps:
+        return f"all {state.max_steps} steps done; best checkpoint at step {state.best_global_step}"
+    return (
+        f"no better held-out loss since step {state.best_global_step}, whose checkpoint is kept; "
+        f"stopped at step {state.global_step} of {state.max_steps}"
+    )
+
+
 def check_start(loss: float, chosen_reward: float, rejected_reward: float, plain_sigmoid: bool) -> None:
     """Refuses a DPO run whose policy and reference differ before the first step (law: one blessed reference).
 
@@ -235,6 +253,25 @@ def check_reference(found: list[float], expected: list[float], exact: bool) -> N
                 f"the reference gives a held-out reply {ours:.2f} nats where the SFT run gave {theirs:.2f}: "
                 f"it is not the SFT model; train SFT again with --force"
             )
+
+
+def start_peak_memory() -> None:
+    """Forgets the peak so far: several runs may follow each other in a process, and each notes its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux alone has it, and not every container lets it be written
+        PEAK_RESET.write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process, what it still holds of earlier runs included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        lines = PROCESS_STATUS.read_text().splitlines()
+        if peak := next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None):
+            return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignlab import generate
 from alignlab.generate import Reply, batches, reply_logits, sample_replies
 from alignlab.measures import estimate, kl_per_reply
 from alignlab.quality import distinct, repetition
 from alignlab.run import Run, append_line
+from alignlab.store import ReferenceIdentity, read_replies, store_replies
 
 Reference = Callable[[], Iterator[PreTrainedModel]]  # a context in which the model answers as the reference does
 
@@ -45,7 +51,8 @@ class Samples:
     """Replies of the policy to held-out prompts, and how far they are from the reference.
 
     All figures are over replies cut at `max_new_tokens`; the share that was cut is 1 − eos_rate. The processes of a
-    launch share the batches out where `shared_by` says so: a batch has its own seed, whoever draws it.
+    launch share the batches out where `shared_by` says so: a batch has its own seed, whoever draws it. The replies of
+    a reference whose `identity` is known are drawn once, ever: they are in the store beside its log-probabilities.
     """
 
     def __init__(
@@ -54,57 +61,104 @@ class Samples:
         tokenizer: PreTrainedTokenizerBase,
         prompts: HeldOutPrompts,
         shared_by: tuple[int, int] = (0, 1),  # this process, of how many
+        identity: ReferenceIdentity | None = None,
     ):
-        self.run, self.tokenizer, self.prompts = run, tokenizer, prompts
-        self.rank, self.world_size = shared_by
+        self.run, self.tokenizer, self.prompts, self.identity = run, tokenizer, prompts, identity
+        self.rank, self.world_size = self.shared_by = shared_by
         self.reference_replies: dict[int, list[Reply]] = {}  # by batch
         self.seconds = 0.0
+
+    def on(self, prompts: HeldOutPrompts) -> Samples:
+        """The same on other prompts."""
+        return Samples(self.run, self.tokenizer, prompts, self.shared_by, self.identity)
 
     def measure(self, model: PreTrainedModel, step: int, reference: Reference | None) -> dict[str, float]:
         """Samples, writes the replies to `samples.jsonl`, and returns the metrics of this evaluation."""
         began = time.monotonic()
-        answers = self._answers(model, reference)
+        answers = self._answers(model, reference, is_start=step == 0)
         for prompt, answer in zip(self.prompts.texts, answers, strict=True) if self.run.is_writer else ():
             row = {"step": step, "split": self.prompts.split, "prompt": prompt, **_facts(answer)}
             append_line(self.run.samples_file, row)
         self.seconds += time.monotonic() - began
         return {f"eval_{name}": value for name, value in _metrics(answers).items()}
 
-    def _answers(self, model: PreTrainedModel, reference: Reference | None) -> list[Answer]:
+    def _answers(self, model: PreTrainedModel, reference: Reference | None, is_start: bool = False) -> list[Answer]:
         everyones = list(batches(range(len(self.prompts.ids)), self.prompts.batch_size))
         mine = range(self.rank, len(everyones), self.world_size)
-        done = [(number, self._batch(model, number, everyones[number], reference)) for number in mine]
+        done = [(number, self._batch(model, number, everyones[number], reference, is_start)) for number in mine]
         if self.world_size > 1:
             done = gather_object(done)
         return [answer for _, batch in sorted(done, key=lambda each: each[0]) for answer in batch]
 
-    def _batch(self, model, number: int, rows: range, reference: Reference | None) -> list[Answer]:
+    def _batch(self, model, number: int, rows: range, reference: Reference | None, is_start=False) -> list[Answer]:
         prompts = [self.prompts.ids[i] for i in rows]
-        replies = self._replies(model, number, prompts)
         if reference is None:
-            return [Answer(reply) for reply in replies]
-        kl = self._kl(model, prompts, replies, reference)
-        if number not in self.reference_replies:
-            self.reference_replies[number] = self._references_replies(replies, kl, number, prompts, reference)
-        theirs = self.reference_replies[number]
+            return [Answer(reply) for reply in self._replies(model, number, prompts)]
+        theirs = self._known(number, prompts)
+        replies, kl = self._policys_own(model, number, prompts, reference, theirs if is_start else None)
+        if theirs is None:
+            theirs = self._references_own(number, prompts, reference) if any(kl) else replies
+            self._keep(number, prompts, theirs)
         return [Answer(r, nats, t.text) for r, nats, t in zip(replies, kl, theirs, strict=True)]
 
-    def _references_replies(self, replies, kl, number: int, prompts, reference: Reference) -> list[Reply]:
-        if not any(kl):  # the same distributions under the same seed: before the first step nothing need be drawn again
-            return replies
+    def _policys_own(
+        self, model, number: int, prompts, reference: Reference, expected: list[Reply] | None
+    ) -> tuple[list[Reply], list[float]]:
+        """The policy's replies, and their KL; `expected` are the reference's, where the policy may still be it.
+
+        Where the KL on them is 0, the two have the same distributions, and would draw the same under the same seed.
+        """
+        if expected and not any(kl := self._kl(model, prompts, expected, reference)):
+            return expected, kl
+        replies = self._replies(model, number, prompts)
+        return replies, self._kl(model, prompts, replies, reference)
+
+    def _references_own(self, number: int, prompts: list[list[int]], reference: Reference) -> list[Reply]:
         with reference() as other:
             return self._replies(other, number, prompts)
 
     def _replies(self, model: PreTrainedModel, number: int, prompts: list[list[int]]) -> list[Reply]:
+        return sample_replies(model, self.tokenizer, prompts, **self._how(number))
+
+    def _how(self, number: int) -> dict[str, Any]:
         p = self.prompts
-        how = {
-            "max_new_tokens": p.max_new_tokens,
-            "seed": p.seed,
-            "batch_size": p.batch_size,
-            "first": number,
-            "stops": p.stops,
-        }
-        return sample_replies(model, self.tokenizer, prompts, **how)
+        how = {"max_new_tokens": p.max_new_tokens, "seed": p.seed, "batch_size": p.batch_size}
+        return {**how, "first": number, "stops": p.stops}
+
+    def _known(self, number: int, prompts: list[list[int]]) -> list[Reply] | None:
+        """The reference's replies, where they were drawn before: by this run, or by any with the same reference."""
+        if number not in self.reference_replies and self._storable:
+            stored = read_replies(self.identity, self._drawing(number, prompts))
+            if stored is not None:
+                self.reference_replies[number] = [Reply(**{**row, "ids": tuple(row["ids"])}) for row in stored]
+        return self.reference_replies.get(number)
+
+    def _keep(self, number: int, prompts: list[list[int]], replies: list[Reply]) -> None:
+        self.reference_replies[number] = replies
+        if self._storable:
+            store_replies(self.identity, self._drawing(number, prompts), [asdict(reply) for reply in replies])
+
+    @property
+    def _storable(self) -> bool:
+        return self.identity is not None and self._tokenizer_facts is not None
+
+    @cached_property
+    def _tokenizer_facts(self) -> list[Any] | None:
+        """The tokenizer by its content; none where it cannot be told by that."""
+        tokenizer = self.tokenizer
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+            return None
+        state = backend.to_str()
+        tokens = state[state.index('"added_tokens"') :]  # behind the padding and truncation of the last call
+        own = [type(tokenizer).__name__, tokenizer.clean_up_tokenization_spaces]
+        return [*own, xxhash.xxh3_128_hexdigest(tokens.encode()), tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+    def _drawing(self, number: int, prompts: list[list[int]]) -> dict[str, Any]:
+        """What decides a batch of replies besides the model; rounding may decide a token, so threads are among it."""
+        on_cpu = [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": self._how(number)}
+        facts |= {"tokenizer": self._tokenizer_facts, "code": _code(), "on_cpu": on_cpu}
+        return json.loads(json.dumps(facts))
 
     @torch.no_grad()
     def _kl(self, model, prompts, replies: list[Reply], reference: Reference) -> list[float]:
@@ -115,6 +169,12 @@ class Samples:
             reference_logits, _, _ = reply_logits(other, prompts, answers, pad)
         model.train(was_training)
         return kl_per_reply(policy_logits, reference_logits, mask).tolist()
+
+
+@cache
+def _code() -> str:
+    """A hash of what draws replies, so that a change in it leaves older ones unread."""
+    return xxhash.xxh3_128_hexdigest(Path(generate.__file__).read_bytes())
 
 
 def _facts(answer: Answer) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The files of the reference store: one for each reference, and in it one record for each pair; imports no torch.
+"""The files of the reference store: what a reference makes of pairs, and the replies it draws; imports no torch.
 
-The first line of a file is JSON that says what it holds; records of 28 bytes follow, sorted by key. Files are written
-whole or not at all, checked on reading, and shared by runs that use them at once.
+Each reference has one file of records, 28 bytes for each pair, sorted by key, and one file for each batch of prompts
+that it has answered. The first line of a file is JSON that says what it holds. Files are written whole or not at all,
+checked on reading, and shared by runs that use them at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 RECORD = np.dtype([("key", "S16"), ("chosen", "<f4"), ("rejected", "<f4"), ("seconds", "<f4")])
 NOTHING = np.empty(0, RECORD)
-SUFFIX = ".logps"
+SUFFIX, REPLIES = ".logps", ".replies"
 SECONDS_BETWEEN_SAVES = 60
 SECONDS_FOR_THE_LOCK = 60  # which other runs hold for as long as a file takes to write
 
@@ -135,15 +136,15 @@ def _store(identity: ReferenceIdentity, fresh: np.ndarray) -> np.ndarray:
     identity.file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(identity.file.with_suffix(".lock"), timeout=SECONDS_FOR_THE_LOCK):
         records = merged(_read(identity)[0], fresh)
-        body = records.tobytes()
-        head = {
-            "reference": identity.sentence,
-            "pairs": len(records),
-            "checksum": xxhash.xxh3_128_hexdigest(body),
-            "facts": identity.facts,
-        }
-        _replace(identity.file, json.dumps(head).encode() + b"\n" + body)
+        body, facts = records.tobytes(), {"facts": identity.facts}
+        _write(identity.file, {"reference": identity.sentence, "pairs": len(records), **facts}, body)
     return records
+
+
+def _write(path: Path, says: Mapping[str, Any], body: bytes) -> None:
+    """A file of the store: a line that says what it holds, and the rest."""
+    head = {**says, "checksum": xxhash.xxh3_128_hexdigest(body)}
+    _replace(path, json.dumps(head).encode() + b"\n" + body)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -174,18 +175,24 @@ def read_records(identity: ReferenceIdentity, wanted: np.ndarray) -> np.ndarray:
 
 def _read(identity: ReferenceIdentity) -> tuple[np.ndarray, str | None]:
     """The records of a reference; none, and what is wrong, where its file cannot be relied on."""
+    body, complaint = _body(identity.file, {"facts": identity.facts})
+    return NOTHING if body is None else np.frombuffer(body, RECORD), complaint
+
+
+def _body(path: Path, expected: Mapping[str, Any]) -> tuple[bytes | None, str | None]:
+    """What stands behind the first line; none where there is no file, or, with what is wrong, no reliable one."""
     try:
-        head, _, body = identity.file.read_bytes().partition(b"\n")
+        head, _, body = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
-        return NOTHING, None
+        return None, None
     except OSError as e:
-        return NOTHING, f"cannot be read ({e.strerror})"
+        return None, f"cannot be read ({e.strerror})"
     says = _parsed(head)
     if says.get("checksum") != xxhash.xxh3_128_hexdigest(body):
-        return NOTHING, "is damaged (its checksum does not match)"
-    if says.get("facts") != identity.facts:
-        return NOTHING, "is about another reference"
-    return np.frombuffer(body, RECORD), None
+        return None, "is damaged (its checksum does not match)"
+    if any(says.get(name) != value for name, value in expected.items()):
+        return None, "is about another reference"
+    return body, None
 
 
 def _parsed(head: bytes) -> dict[str, Any]:
@@ -196,9 +203,48 @@ def _parsed(head: bytes) -> dict[str, Any]:
     return says if isinstance(says, dict) else {}
 
 
+# Replies ----------------------------------------------------------------------
+
+
+def read_replies(identity: ReferenceIdentity, drawing: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The replies that a reference gave where it was asked in just this way; none where it has not been.
+
+    `drawing` is everything that decides the replies but for the reference, as plain JSON.
+    """
+    path = _replies_file(identity, drawing)
+    body, complaint = _body(path, {"facts": identity.facts, "drawing": drawing})
+    if complaint:
+        log.warning("reference: %s %s; drawing its replies again", path, complaint)
+    if body is None:
+        return None
+    with contextlib.suppress(OSError):  # a shared store may be ours to read only
+        os.utime(path)
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def store_replies(
+    identity: ReferenceIdentity, drawing: Mapping[str, Any], replies: Sequence[Mapping[str, Any]]
+) -> None:
+    """Keeps them; two processes at once write the same. A store that cannot be written costs a line, not the run."""
+    path, body = _replies_file(identity, drawing), b"".join(json.dumps(each).encode() + b"\n" for each in replies)
+    about = {"reference": identity.sentence, "replies": len(replies)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, {**about, "facts": identity.facts, "drawing": drawing}, body)
+    except OSError as e:
+        log.warning("reference: cannot store replies in %s (%s)", store_folder(), e.strerror or e)
+
+
+def _replies_file(identity: ReferenceIdentity, drawing: Mapping[str, Any]) -> Path:
+    return identity.file.with_name(f"{identity.file.stem}-{digest(drawing)}{REPLIES}")
+
+
+# The whole store --------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class StoredReference:
-    """One file of the store."""
+    """What the store holds of one reference."""
 
     path: Path
     reference: str
@@ -209,13 +255,29 @@ class StoredReference:
 
 def list_store() -> list[StoredReference]:
     """What the store holds, the last used first."""
+    files: dict[str, list[Path]] = {}
+    for path in [*store_folder().glob(f"*{SUFFIX}"), *store_folder().glob(f"*{REPLIES}")]:
+        files.setdefault(path.stem.partition("-")[0], []).append(path)
     rows = []
-    for path in store_folder().glob(f"*{SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            says, facts = _parsed(file.readline()), path.stat()
-            name = says.get("reference", "damaged; it will be computed again")
-            rows.append(StoredReference(path, name, says.get("pairs", 0), facts.st_size, facts.st_mtime))
+    for paths in files.values():
+        with contextlib.suppress(FileNotFoundError):  # cleared at this moment
+            rows.append(_listed(paths))
     return sorted(rows, key=lambda row: -row.last_used)
+
+
+def _listed(paths: Sequence[Path]) -> StoredReference:
+    """One reference, of whose files the records come first."""
+    heads, sizes = [_head(path) for path in paths], [path.stat() for path in paths]
+    pairs, replies = (sum(says.get(what, 0) for says in heads) for what in ("pairs", "replies"))
+    name = heads[0].get("reference", "damaged; it will be computed again")
+    name += f", and {replies:,} replies it drew" if replies else ""
+    last_used = max(facts.st_mtime for facts in sizes)
+    return StoredReference(paths[0], name, pairs, sum(facts.st_size for facts in sizes), last_used)
+
+
+def _head(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return _parsed(file.readline())
 
 
 def clear_store() -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import resource
 import shutil
 import tempfile
 import time
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -34,6 +35,7 @@ from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.run import Run
 from alignlab.samples import Samples
+from alignlab.store import ReferenceIdentity
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
 log = logging.getLogger(__name__)
@@ -84,11 +86,14 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         base = models.identify(section)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
-        shared = trainer.share_prefixes(section.prefix_sharing)
-        pairs = _with_stored_reference(trainer, section, start, pairs, run, known=base, prefix_sharing=shared)
+        trainer.identity = _identify_reference(trainer, section, start, base)
+        pairs = _with_stored_reference(trainer, pairs, run)
         _check_start(trainer, recipe, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
-        _finish(trainer, run, test=figures_on_test(trainer, recipe, pairs, run, _share(trainer)))
+        began = time.monotonic()
+        figures = figures_on_test(trainer, recipe, pairs, run)
+        _note_times(run, figures=time.monotonic() - began)
+        _finish(trainer, run, test=figures)
     return run
 
 
@@ -101,11 +106,13 @@ def prepare_dpo(recipe: Recipe, *, root: Path = Path("runs"), runs: int = 1) -> 
     tokenizer, pairs = prepare_data(recipe)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _dpo_trainer(recipe, section, start, _here(Path(folder), len(pairs.train)), tokenizer, pairs)
-        shared = trainer.share_prefixes(section.prefix_sharing)
-        known = models.identify(section)
-        found, online = _look_up(trainer, section, start, pairs, known=known, prefix_sharing=shared)
+        trainer.identity = _identify_reference(trainer, section, start, models.identify(section))
+        if trainer.identity is None:
+            return
+        found, online = _look_up(trainer, pairs)
         if found.missing and worth_storing(found, runs * online):
-            log.info("%s", complete(found, trainer.score_reference)[1])
+            with trainer.scoring_reference() as score:
+                log.info("%s", complete(found, score)[1])
 
 
 def _start(recipe: Recipe, root: Path) -> tuple[Run | None, ModelSection, models.Start]:
@@ -159,10 +166,16 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
     with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
         state.wait_for_everyone()
         if run.is_finished:
-            log.info("%s is finished (%s); --force trains it again", run.path, run.manifest["stop_reason"])
-        if not run.is_finished:
+            _say_finished(run.path, run.manifest["stop_reason"])
+        else:
             _say_what_it_needs(recipe, stage, run)
+            monitor.start_peak_memory()
         yield run
+
+
+@functools.cache  # once a process: each member of a sweep asks for the SFT run
+def _say_finished(path: Path, why: str) -> None:
+    log.info("%s is finished (%s); --force trains it again", path, why)
 
 
 def _say_what_it_needs(recipe: Recipe, stage: str, run: Run) -> None:
@@ -227,7 +240,7 @@ def _resume_point(run: Run) -> Path | None:
 def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
     interrupt = _add_callbacks(trainer, recipe, run)
     prompts = held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
-    trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer))
+    trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer), trainer.identity)
     _say_what_is_repeated(trainer, len(pairs.validation))
     began = time.monotonic()
     with monitor.wandb_run(run, recipe.name):
@@ -240,7 +253,7 @@ def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path 
     if trainer.guard and trainer.guard.stopped and not trainer.state.best_model_checkpoint:
         trainer.return_to_reference()
         trainer.state.best_global_step = 0
-    run.note(stop_reason=_stop_reason(trainer))
+    run.note(stop_reason=monitor.stop_reason(trainer.state, trainer.guard and trainer.guard.stopped))
 
 
 def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt:
@@ -287,57 +300,47 @@ def _note_times(run: Run, **seconds: float) -> None:
     run.note(**{name: round(run.manifest.get(name, 0) + value, 1) for name, value in names.items()})
 
 
-def _stop_reason(trainer) -> str:
-    state, stopped = trainer.state, trainer.guard and trainer.guard.stopped
-    if stopped and not state.best_model_checkpoint:
-        kept = "no checkpoint was inside the limits, so the reference itself is kept"
-        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
-    if stopped:
-        kept = f"kept the best checkpoint inside the limits, step {state.best_global_step}"
-        return f"stopped at step {stopped.step}: {stopped.sign}; {kept}"
-    if state.global_step >= state.max_steps:
-        return f"all {state.max_steps} steps done; best checkpoint at step {state.best_global_step}"
-    return (
-        f"no better held-out loss since step {state.best_global_step}, whose checkpoint is kept; "
-        f"stopped at step {state.global_step} of {state.max_steps}"
-    )
-
-
 def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     if sft is None:
         return {"start": start.adapter or start.weights}
     return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
 
 
-def _look_up(
-    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, **facts: Any
-) -> tuple[Found, int]:
+def _identify_reference(
+    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, base: dict[str, Any]
+) -> ReferenceIdentity | None:
+    """Under which the store knows the reference; none where weights are sharded, so that it is in place only later."""
+    shared = trainer.share_prefixes(section.prefix_sharing)
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return None
+    return identify_reference(section, start, ld_alpha=trainer.args.ld_alpha, prefix_sharing=shared, known=base)
+
+
+def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[Found, int]:
     """What the store knows of these pairs, and for how many a run without it would ask the reference."""
-    args = trainer.args
-    identity = identify_reference(section, start, ld_alpha=args.ld_alpha, **facts)
-    splits = {"train": pairs.train, "validation": pairs.validation}
+    args, splits = trainer.args, {"train": pairs.train, "validation": pairs.validation}
     if args.ld_alpha is None:  # the test figures are of the replies as they are
         splits["test"] = pairs.test
-    found = look_up(identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
+    found = look_up(trainer.identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
     online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), _processes().num_processes)
     return found, online + len(splits.get("test", ()))
 
 
-def _with_stored_reference(
-    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, pairs: Prepared, run: Run, **facts: Any
-) -> Prepared:
+def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) -> Prepared:
     """The pairs with the reference's log-probabilities from the store, where that costs less than asking it again."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # the reference is in place only once training begins
+    if trainer.identity is None:
         return pairs
-    found, online = _look_up(trainer, section, start, pairs, **facts)
+    found, online = _look_up(trainer, pairs)
     stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
-    if not stored:
-        log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
-    filled, receipt = complete(found, trainer.score_reference) if stored else ({}, None)
-    run.note(stored_reference=stored)
-    if filled:
+    filled: dict[str, Dataset] = {}
+    if stored:
+        with trainer.scoring_reference() as score:
+            filled, receipt = complete(found, score)
         log.info("%s", receipt)
         trainer.use_stored_reference(filled["train"], filled["validation"])
+    else:
+        log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
+    run.note(stored_reference=stored)
     return dataclasses.replace(pairs, **filled)
 
 
@@ -382,14 +385,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
         world_size=_processes().num_processes,
-        peak_memory_gib=round(_peak_memory() / 2**30, 2),
+        peak_memory_gib=round(monitor.peak_memory() / 2**30, 2),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     )
-
-
-def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

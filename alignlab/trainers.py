@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
+from alignlab import heldout
+from alignlab.generate import batches
+from alignlab.heldout import PairLogps
 from alignlab.model import load_adapters
 from alignlab.monitor import Guard
 from alignlab.packing import decide, share_prefixes
 from alignlab.samples import Samples
+from alignlab.store import ReferenceIdentity
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class _Seams:
 
     samples: Samples | None = None
     guard: Guard | None = None
+    identity: ReferenceIdentity | None = None  # of the reference, where the store may know it
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
@@ -120,6 +125,8 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
 class AlignDPOTrainer(_Seams, DPOTrainer):
     """TRL's DPOTrainer on pairs that alignlab has prepared, with the reference that the recipe means."""
 
+    shares_prefixes = False
+
     def __init__(self, *args, **kwargs):
         self._batch_sizes: list[dict[str, int]] = []
         self._batch_losses: list[float] = []
@@ -166,14 +173,48 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         for model in (self.model, self.ref_model) if shared else ():
             if model is not None:
                 share_prefixes(self.accelerator.unwrap_model(model), "stop" if setting == "auto" else "raise")
+        self.shares_prefixes = shared
         return shared
 
-    def score_reference(self, pair: Mapping[str, Any]) -> tuple[float, float]:
-        """The reference's log-probabilities of one pair's replies (chosen, rejected), in nats."""
+    @contextlib.contextmanager
+    def scoring_reference(self) -> Iterator[Callable[[Mapping[str, Any]], tuple[float, float]]]:
+        """A function: one pair → the reference's log-probabilities of its replies (chosen, rejected), in nats.
+
+        The numbers are those of TRL's `compute_ref_log_probs`, which would put the reference in place for each pair.
+        """
         self.model.eval()
-        inputs = self._prepare_inputs(self.data_collator([pair]))
-        chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        return chosen.item(), rejected.item()
+        if self.ld_alpha is not None:  # the tail of the longer reply counts less, as TRL has it
+            yield lambda pair: tuple(each.item() for each in self.compute_ref_log_probs(*self._asked(pair)))
+            return
+        with self.as_reference() as reference:
+            yield lambda pair: tuple(self._reply_logps(reference, [pair])[:, 0].tolist())
+
+    def _asked(self, pair: Mapping[str, Any]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        return self.ref_model or self.model, self._prepare_inputs(self.data_collator([pair]))
+
+    @torch.no_grad()
+    def _reply_logps(self, model: PreTrainedModel, pairs: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """log p of whole replies, in nats, shape (2, B): of the chosen ones, and of the rejected ones."""
+        inputs = self._prepare_inputs(self.data_collator(list(pairs)))
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with self.accelerator.autocast():
+            logps_ST = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        tokens = labels.shape[1] - 1  # fewer than there are where an adapter puts some of its own before them
+        return logps_ST[:, -tokens:].sum(1).view(2, -1)
+
+    def score_pairs(self, model: PreTrainedModel, pairs: Dataset) -> PairLogps:
+        """What `heldout.score_pairs` gives, with each prompt computed once where training does that."""
+        if not self.shares_prefixes:
+            return heldout.score_pairs(model, pairs, self.processing_class.pad_token_id)
+        was_training, rows = model.training, pairs.select_columns([*IDS]).to_list()
+        model.eval()
+        order = sorted(range(len(rows)), key=lambda i: -sum(len(rows[i][name]) for name in IDS))
+        logps_2N = torch.zeros(2, len(rows))
+        for few in batches(order, self.args.per_device_eval_batch_size):
+            logps_2N[:, few] = self._reply_logps(model, [rows[i] for i in few]).float().cpu()
+        model.train(was_training)
+        return PairLogps(*logps_2N, torch.tensor([len(row["chosen_ids"]) for row in rows]))
 
     def use_stored_reference(self, train: Dataset, validation: Dataset) -> None:
         """Trains on pairs that bring `ref_chosen_logps` and `ref_rejected_logps`: no more reference forwards.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from alignlab import monitor
 from alignlab.errors import ModelError
 from alignlab.monitor import (
     EvaluateAtEnd,
@@ -17,6 +19,8 @@ from alignlab.monitor import (
     WholeCheckpoints,
     check_reference,
     check_start,
+    peak_memory,
+    start_peak_memory,
     wandb_run,
 )
 from alignlab.run import Run, is_whole
@@ -27,6 +31,33 @@ LN2 = math.log(2)
 @pytest.fixture
 def args(tmp_path) -> TrainingArguments:
     return TrainingArguments(str(tmp_path / "checkpoints"), use_cpu=True, report_to=[])
+
+
+# --- memory ---
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone forgets a peak")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about the memory of a process")
+def test_each_run_of_a_process_has_its_own_peak():
+    """400 MiB are held, and freed; then 50 MiB: the second peak does not show the first."""
+    start_peak_memory()
+    before = peak_memory()
+    held = bytearray(b"x" * (400 << 20))
+    assert peak_memory() - before > 380 << 20
+    del held
+    start_peak_memory()
+    before = peak_memory()
+    held = bytearray(b"x" * (50 << 20))
+    assert 40 << 20 < peak_memory() - before < 200 << 20
+    del held
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about the memory of a process")
+def test_where_the_peak_cannot_be_forgotten_it_is_that_of_the_whole_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(monitor, "PEAK_RESET", tmp_path / "not there" / "clear_refs")
+    monkeypatch.setattr(monitor, "PROCESS_STATUS", tmp_path / "status")
+    start_peak_memory()
+    assert peak_memory() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # --- the first step ---

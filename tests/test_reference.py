@@ -24,6 +24,7 @@ from trl import DPOConfig
 from alignlab import model as models
 from alignlab import reference, store, toy
 from alignlab.errors import MachineError, ModelError
+from alignlab.heldout import score_pairs
 from alignlab.recipe import ModelSection, ToySection
 from alignlab.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.store import ReferenceIdentity, clear_store, list_store, pair_keys
@@ -140,6 +141,41 @@ def test_numbers_are_those_of_the_reference_online(build, pairs):
     np.testing.assert_allclose(stored, in_batches(trainer, pairs), rtol=1e-5)
     assert (receipt.pairs, receipt.hits) == (40, 0)
     assert np.abs(stored).min() > 10
+
+
+@pytest.mark.parametrize("sharing", ["auto", False])
+@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.5}])
+def test_scoring_gives_the_bits_of_trls_own(options, sharing, build, pairs):
+    """The reference is put in place once for all pairs, where TRL does it for each."""
+    trainer = build(**options)
+    trainer.share_prefixes(sharing)
+    few = pairs.select(range(6))
+    with trainer.scoring_reference() as score:
+        found = [score(pair) for pair in few]
+    assert found == [by(trainer)(pair) for pair in few]
+    assert trainer.model.active_adapter == "default"
+
+
+@pytest.mark.parametrize("size", [8, 3])
+def test_pairs_scored_with_shared_prompts_are_those_scored_plainly(size, build, pairs, tokenizer):
+    """Policy and reference, each pair in its place whatever the batch: within 1e-4 nats of `heldout.score_pairs`."""
+    trainer = build(per_device_eval_batch_size=size)
+    assert trainer.share_prefixes(True)
+    with torch.no_grad():  # a policy that is not the reference
+        for name, weight in trainer.model.named_parameters():
+            if ".lora_B.default." in name:
+                weight += 0.02
+    trainer.model.train()
+    policy = trainer.score_pairs(trainer.model, pairs)
+    assert trainer.model.training
+    with trainer.as_reference() as reference_model:
+        reference_logps = trainer.score_pairs(reference_model, pairs)
+        plain_reference = score_pairs(reference_model, pairs, tokenizer.pad_token_id)
+    plain = score_pairs(trainer.model, pairs, tokenizer.pad_token_id)
+    for found, expected in ((policy, plain), (reference_logps, plain_reference)):
+        for name in ("chosen_N", "rejected_N", "chosen_tokens_N"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-4)
+    assert (policy.chosen_N - reference_logps.chosen_N).abs().min() > 0.01
 
 
 def test_bfloat16_differs_from_batches_by_no_more_than_from_float32(build, pairs, capsys):
@@ -476,6 +512,22 @@ def test_ranks_share_the_work_and_rank_0_writes(pairs, tmp_path, monkeypatch):
     assert in_other_processes(3, rank) == [(14, expected, 0, 40)] * 3
     assert len(list_store()) == 1
     assert not list(tmp_path.glob("of rank*"))
+
+
+def test_processes_that_draw_the_same_replies_at_once_leave_them_whole(folder):
+    """Three processes write and read 30 times over: what is read is all there, and nothing lies about afterwards."""
+    replies = [{"ids": list(range(n)), "text": "word " * n, "ended": n % 2 == 0} for n in range(1, 60)]
+
+    def work(_n: int) -> list:
+        read = []
+        for _ in range(30):
+            store.store_replies(ANY, {"seed": 1}, replies)
+            read.append(store.read_replies(ANY, {"seed": 1}) == replies)
+        return read
+
+    assert in_other_processes(3, work) == [[True] * 30] * 3
+    assert [file.suffix for file in folder.iterdir()] == [".replies"]
+    assert store.read_replies(ANY, {"seed": 2}) is None
 
 
 def test_without_write_permission_the_run_goes_on(pairs, folder, caplog):

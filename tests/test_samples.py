@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
+from alignlab import samples as sampling
 from alignlab.generate import reply_logits, sample_replies
 from alignlab.measures import estimate, kl_per_reply, token_logps
 from alignlab.run import Run
 from alignlab.samples import HeldOutPrompts, Samples
+from alignlab.store import ReferenceIdentity, clear_store, list_store
 
 TEXTS = ["\n\nHuman: Hello!\n\nAssistant:", "a", "\n\nHuman: How do I grow beans?\n\nAssistant:"]
 
@@ -112,6 +117,152 @@ def test_shares_of_several_processes_are_together_what_one_process_draws(tokeniz
     shares = [Samples(Run(tmp_path), tokenizer, prompts, (rank, 2)) for rank in (0, 1)]
     batches = {n: shares[n % 2]._batch(policy, n, range(8 * n, min(8 * n + 8, 20)), reference) for n in range(3)}
     assert [answer for n in range(3) for answer in batches[n]] == whole
+
+
+# --- the reference's replies, drawn once ---
+
+MISTRAL = ReferenceIdentity("a random Mistral", {"weights": "of the fixture"})
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    """Where this test's store is."""
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def drawn_by(monkeypatch) -> list:
+    """The models that have drawn a batch of replies, in order."""
+    asked = []
+    monkeypatch.setattr(sampling, "sample_replies", lambda m, *a, **k: (asked.append(m), sample_replies(m, *a, **k))[1])
+    return asked
+
+
+@pytest.fixture
+def sampled(prompts, tokenizer, tmp_path, load):
+    """A function: what a run of its own writes, step by step, about a policy (a Llama) beside its reference."""
+    policy, reference = load("llama"), load("mistral")
+
+    def rows(steps=(3,), policy=policy, identity=MISTRAL, shared_by=(0, 1), **changed) -> list[dict]:
+        asked = dataclasses.replace(prompts, **changed)
+        run = Run(tmp_path / f"run{len(list(tmp_path.glob('run*')))}")
+        run.path.mkdir()
+        samples = Samples(run, tokenizer, asked, shared_by, identity)
+        for step in steps:
+            samples.measure(policy, step, as_reference(reference))
+        return run.samples()
+
+    rows.policy, rows.reference = policy, reference
+    return rows
+
+
+def test_another_run_finds_the_references_replies_in_the_store(sampled, store, drawn_by):
+    """Two batches: the first run draws two of the policy's and two of the reference's, the second the policy's only."""
+    without = sampled(identity=None, batch_size=2)
+    drawn_by.clear()
+    first = sampled(batch_size=2)
+    assert [drawn_by.count(model) for model in (sampled.policy, sampled.reference)] == [2, 2]
+    drawn_by.clear()
+    second = sampled(batch_size=2)
+    assert [drawn_by.count(model) for model in (sampled.policy, sampled.reference)] == [2, 0]
+    assert first == second == without
+    assert len(list(store.glob("*.replies"))) == 2
+
+
+def test_before_the_first_step_the_policys_replies_are_the_stored_ones(sampled, store, drawn_by):
+    """Nothing is drawn, and the KL is computed all the same: a policy that is not the reference draws its own."""
+    equal = sampled((0,), policy=sampled.reference)
+    drawn_by.clear()
+    again = sampled((0,), policy=sampled.reference)
+    assert again == equal and not drawn_by
+    assert [row["kl"] for row in again] == [0.0] * 3 and all(row["reply"] == row["reference_reply"] for row in again)
+    other = sampled((0,))
+    assert drawn_by == [sampled.policy] and min(row["kl"] for row in other) > 0
+    assert other == sampled((0,), identity=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 6},
+        {"max_new_tokens": 9},
+        {"batch_size": 4},
+        {"stops": ("\n",)},
+        {"texts": TEXTS[:2], "ids": [[5, 6], [7]]},
+        {"identity": ReferenceIdentity("another", {"weights": "others"})},
+    ],
+)
+def test_replies_asked_for_in_another_way_are_other_replies(change, sampled, store, drawn_by):
+    sampled()
+    drawn_by.clear()
+    assert sampled(**change) == sampled(**{**change, "identity": None})
+    assert drawn_by.count(sampled.reference) == 2
+
+
+@pytest.mark.parametrize("change", ["pad_token", "eos_token"])
+def test_another_tokenizer_draws_anew(change, sampled, store, drawn_by, prompts, tokenizer, tmp_path):
+    import copy
+
+    sampled()
+    other = copy.deepcopy(tokenizer)
+    setattr(other, change, "a")
+    drawn_by.clear()
+    Samples(Run(tmp_path), other, prompts, identity=MISTRAL).measure(sampled.policy, 3, as_reference(sampled.reference))
+    assert drawn_by.count(sampled.reference) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "emptied", "about another reference"])
+def test_a_damaged_file_of_replies_is_said_and_drawn_again(damage, sampled, store, drawn_by, caplog):
+    before = sampled()
+    (file,) = store.glob("*.replies")
+    whole = file.read_bytes()
+    head, _, body = whole.partition(b"\n")
+    facts = json.dumps({**json.loads(head), "facts": {}}).encode()
+    changed = body.replace(b'"ended": false', b'"ended": true ', 1)
+    assert changed != body
+    file.write_bytes(
+        {
+            "cut": whole[:-9],
+            "changed": head + b"\n" + changed,
+            "emptied": b"",
+            "about another reference": facts + b"\n" + body,
+        }[damage]
+    )
+    drawn_by.clear()
+    assert sampled() == before
+    assert drawn_by.count(sampled.reference) == 1
+    assert f"{file} is {'about' if 'about' in damage else 'damaged'}" in caplog.text
+    assert "drawing its replies again" in caplog.text
+    assert file.read_bytes() == whole
+
+
+def test_each_process_stores_the_batches_it_draws(sampled, store, drawn_by, monkeypatch):
+    """Batches of one: of three, process 0 of two draws the first and the last; one process then finds all three."""
+    monkeypatch.setattr(sampling, "gather_object", lambda mine: mine)
+    for rank in (0, 1):
+        with contextlib.suppress(ValueError):  # what is written needs the other's share
+            sampled(shared_by=(rank, 2), batch_size=1)
+    assert len(list(store.glob("*.replies"))) == 3
+    drawn_by.clear()
+    assert sampled(batch_size=1) == sampled(batch_size=1, identity=None)
+    assert drawn_by.count(sampled.reference) == 3  # by the run without a store
+
+
+def test_a_store_that_cannot_be_written_costs_a_line(sampled, store, caplog):
+    store.parent.mkdir()
+    store.write_text("a file where the folder should be")
+    assert sampled() == sampled(identity=None)
+    assert "cannot store replies in" in caplog.messages[-1]
+
+
+def test_the_store_lists_and_clears_replies(sampled, store):
+    sampled()
+    sampled(seed=6)
+    (row,) = list_store()
+    assert (row.reference, row.pairs) == ("a random Mistral, and 6 replies it drew", 0)
+    assert row.bytes == sum(file.stat().st_size for file in store.iterdir())
+    assert clear_store() == row.bytes and not list_store()
 
 
 # --- the estimator, against enumeration ---

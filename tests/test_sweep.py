@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from commands import alignlab, same
+from transformers import GenerationMixin
 
-from alignlab import heldout
+from alignlab import heldout, train
 from alignlab.cli import main
 from alignlab.errors import RunError
 from alignlab.recipe import load_recipe
@@ -22,7 +24,7 @@ from alignlab.run import Run
 from alignlab.sweep.choice import chosen_run, collect
 from alignlab.sweep.members import find_members
 from alignlab.sweep.runner import run_members
-from alignlab.train import train_dpo
+from alignlab.train import train_dpo, train_sft
 from alignlab.trainers import AlignDPOTrainer
 
 RECIPE = """
@@ -48,23 +50,50 @@ def stamps(run: Run) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in run.path.rglob("*") if file.is_file()}
 
 
-def test_a_member_equals_a_separate_run_and_the_reference_scores_each_pair_once(small, monkeypatch):
-    """Two betas and 96 + 60 + 60 pairs: 216 reference forwards; the member and a run of its own agree bit for bit."""
+def test_a_member_equals_a_separate_run_and_the_reference_is_asked_once(small, monkeypatch, caplog):
+    """Four betas. The reference scores 96 + 60 + 60 pairs once, and draws once.
+
+    Of the 4 prompts of each split the first member draws 5 times: before the first step, where policy and reference
+    are one, at steps 2 and 4, and on the test split the policy's and the reference's. The others draw 3 times. What
+    a member writes is what a run of its own writes, bit for bit, also where the store is empty.
+    """
     monkeypatch.setenv("ALIGNLAB_CACHE", str(small / "cache"))
-    asked, adapters = [], []
-    score, held_out = AlignDPOTrainer.score_reference, heldout.score_pairs
-    monkeypatch.setattr(AlignDPOTrainer, "score_reference", lambda *a: (asked.append(1), score(*a))[1])
+    train._say_finished.cache_clear()
+    asked, adapters, drawn = [], [], []
+    note_each_pair(monkeypatch, asked)
+    generate, held_out = GenerationMixin.generate, heldout.score_pairs
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *a, **k: (drawn.append(1), generate(*a, **k))[1])
     note = lambda model, *a: (adapters.append(getattr(model, "active_adapter", None)), held_out(model, *a))[1]
     monkeypatch.setattr(heldout, "score_pairs", note)
-    table = run_members(find_members("small", [], "0.5,0.1"))
-    assert [member["status"] for member in table["members"]] == ["finished"] * 2
-    kept = Run(Path("runs/small/dpo-beta0.5")).manifest["data"]["kept"]
-    assert len(asked) == sum(kept.values()) and "ref" not in adapters
-    alone = train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("apart"))
-    same(Run(Path("runs/small/dpo-beta0.5")), alone)
-    assert len(asked) == sum(kept.values())
+    train_sft(load_recipe("small"))
+    drawn.clear()
+    with caplog.at_level("INFO"):
+        table = run_members(find_members("small", [], "0.5,0.3,0.1,0.05"))
+    assert [member["status"] for member in table["members"]] == ["finished"] * 4
+    member = Run(Path("runs/small/dpo-beta0.5"))
+    assert len(asked) == sum(member.manifest["data"]["kept"].values()) and "ref" not in adapters
+    assert len(drawn) == 5 + 3 * 3
+    assert caplog.text.count("runs/small/sft is finished") == 1
     parents = {Run(Path(member["path"])).manifest["parent"]["run"] for member in table["members"]}
     assert parents == {"runs/small/sft"}
+    asked.clear()
+    same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("apart")))
+    assert not asked
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(small / "empty"))
+    same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("alone")))
+    assert len(asked) == sum(member.manifest["data"]["kept"].values())
+
+
+def note_each_pair(monkeypatch, asked: list) -> None:
+    """Notes each pair that a reference is asked about for the store."""
+    scoring = AlignDPOTrainer.scoring_reference
+
+    @contextlib.contextmanager
+    def noting(trainer):
+        with scoring(trainer) as score:
+            yield lambda pair: (asked.append(pair), score(pair))[1]
+
+    monkeypatch.setattr(AlignDPOTrainer, "scoring_reference", noting)
 
 
 def test_a_further_beta_adds_one_run_and_the_report_shows_them_all(small, capsys):

@@ -17,23 +17,14 @@ from alignlab.run import Run, step_of
 from alignlab.train import train_dpo, train_sft
 from alignlab.trainers import AlignDPOTrainer
 
-RECIPE = """
-about: seconds on a CPU
-data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
-model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
-sft: {{max_steps: 6, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
-dpo: {{max_steps: 6, learning_rate: 1.0e-3, logging_steps: 1, eval_steps: 3, per_device_eval_batch_size: 8}}
-monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}}}
-"""
-
 
 @pytest.fixture
-def recipe(folders, tmp_path):
+def recipe(folders, of_seconds, tmp_path):
     """A function: model name and overrides → a recipe of a few seconds."""
 
     def load(name: str = "llama", *overrides: str):
         path = tmp_path / f"{name}.yaml"
-        path.write_text(RECIPE.format(name=folders[name]))
+        path.write_text(of_seconds(folders[name]))
         return load_recipe(str(path), overrides)
 
     return load

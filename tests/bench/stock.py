@@ -33,11 +33,13 @@ def main(folder: Path, beta: float) -> None:
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if lora else None,
     )
-    trainer.train()
+    training = trainer.train().metrics["train_runtime"]
     trainer.save_model()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     margins = [row["eval_rewards/margins"] for row in trainer.state.log_history if "eval_loss" in row]
-    found = {"losses": losses, "margins": margins, "steps": trainer.state.global_step}
+    evaluating = sum(row["eval_runtime"] for row in trainer.state.log_history if "eval_runtime" in row)
+    seconds = {"training": training, "evaluating": evaluating}
+    found = {"losses": losses, "margins": margins, "steps": trainer.state.global_step, "seconds": seconds}
     (folder / f"stock-{beta}.json").write_text(json.dumps({**found, "ids": ids_of(trainer.train_dataset)}))
 
 

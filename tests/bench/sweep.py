@@ -7,8 +7,9 @@
 Both sides are timed from start to end of their processes: imports, data, the reference, training, and evaluation of
 the same held-out pairs before the first step and after the last. The sweep also samples replies for the KL, scores a
 test split and keeps checkpoints, which stock TRL does not; a random model's replies never end by themselves, so that
-they are cut early. Half of the stock runs come before the sweep and half after it. Both sides train on the same ids in
-the same order, which is checked, and their training losses are compared.
+they are cut early. It says where the time of each side goes, and what it takes of the processor. Half of the stock
+runs come before the sweep and half after it. Both sides train on the same ids in the same order, which is checked, and
+their training losses are compared.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -76,7 +78,12 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"sweep-{args.model}-{pairs}.json"
     file.write_text(json.dumps(cell, indent=2) + "\n")
-    print(f"{args.model}, {pairs} pairs: {cell['ratio']:.2f} ({cell['stock_seconds']} s over {cell['ours_seconds']} s)")
+    clock, cpu = (f"{cell[f'stock_{of}']} s over {cell[f'ours_{of}']} s" for of in ("seconds", "cpu_seconds"))
+    print(
+        f"{args.model}, {pairs} pairs: {cell['ratio']:.2f} ({clock}), of the processor {cell['cpu_ratio']:.2f} ({cpu})"
+    )
+    for side in ("stock", "ours"):
+        print(f"  {side}: " + ", ".join(f"{name} {seconds:g} s" for name, seconds in cell[f"{side}_parts"].items()))
 
 
 def compare(name: str, pairs: int, betas: list[str], stock_runs: int | None, folder: Path) -> dict:
@@ -91,25 +98,47 @@ def compare(name: str, pairs: int, betas: list[str], stock_runs: int | None, fol
     assert all(of["steps"] == steps for of in found.values())
     members = read(folder / "runs" / recipe.name / "sweep.json")["members"]
     runs = {member["settings"]["dpo.beta"]: Run(folder / member["path"]) for member in members}
-    whole = sum(stock) * len(betas) / len(stock)
+    whole, cpu = (sum(of) * len(betas) / len(of) for of in zip(*stock, strict=True))
     return {
         "model": name,
         "pairs": pairs,
         "betas": betas,
         "pairs_a_step": recipe.dpo["per_device_train_batch_size"],
         "steps": steps,
-        "ratio": round(whole / ours, 3),
-        "ours_seconds": round(ours, 1),
+        "ratio": round(whole / ours[0], 3),
+        "ours_seconds": round(ours[0], 1),
         "stock_seconds": round(whole, 1),
-        "stock_seconds_each": [round(seconds, 1) for seconds in stock],
+        "stock_seconds_each": [round(seconds, 1) for seconds, _ in stock],
+        "cpu_ratio": round(cpu / ours[1], 3),  # what a busy machine disturbs less
+        "ours_cpu_seconds": round(ours[1], 1),
+        "stock_cpu_seconds": round(cpu, 1),
         "stock_runs_not_timed": len(betas) - len(stock),
-        "ours_training_seconds_each": [run.manifest["training_seconds"] for run in runs.values()],
-        "ours_sampling_seconds_each": [run.manifest["sampling_seconds"] for run in runs.values()],
+        "stock_parts": stock_parts([of["seconds"] for of in found.values()], [seconds for seconds, _ in stock], steps),
+        "ours_parts": ours_parts([*runs.values()], ours[0], steps),
         "loss_difference": max(difference(runs[beta], of["losses"]) for beta, of in found.items()),
         "kl": dataclasses.asdict(recipe.monitor.kl),
         "environment": MALLOC,
         "machine": machine("peft", threads=torch.get_num_threads()),
     }
+
+
+def stock_parts(found: list[dict], stock: list[float], steps: int) -> dict[str, float]:
+    """Where the seconds of a process went, on average; the rest is imports, data and the model."""
+    training, evaluating = (sum(of[name] for of in found) / len(found) for name in ("training", "evaluating"))
+    whole = sum(stock) / len(stock)
+    parts = {"a step": (training - evaluating) / steps, "evaluating": evaluating, "the rest": whole - training}
+    return {name: round(seconds, 2) for name, seconds in parts.items()}
+
+
+def ours_parts(runs: list[Run], ours: float, steps: int) -> dict[str, float]:
+    """The same of a member, and what all share: imports, data, the reference, and the checks before the first step."""
+    mean = lambda name: sum(run.manifest[f"{name}_seconds"] for run in runs) / len(runs)
+    rows = [row for run in runs for row in run.metrics()]
+    evaluating = sum(row.get("eval/runtime", 0) for row in rows) / len(runs)
+    training, sampling, figures = mean("training"), mean("sampling"), mean("figures")
+    parts = {"a step": (training - evaluating - sampling) / steps, "evaluating": evaluating, "sampling": sampling}
+    parts |= {"figures on the test split": figures, "the rest, all members": ours - len(runs) * (training + figures)}
+    return {name: round(seconds, 2) for name, seconds in parts.items()}
 
 
 def make_llama(pairs: int, folder: Path) -> Recipe:
@@ -161,18 +190,23 @@ def write_stock(recipe: Recipe, folder: Path) -> str:
     return ids_of(prepared.train)
 
 
-def time_stock(beta: str, folder: Path) -> float:
+def time_stock(beta: str, folder: Path) -> tuple[float, float]:
     return time_process([str(Path(__file__).with_name("stock.py")), str(folder), beta], folder)
 
 
-def time_process(arguments: list[str], folder: Path) -> float:
-    """Wall seconds of a Python process, from its start to its end."""
+def time_process(arguments: list[str], folder: Path) -> tuple[float, float]:
+    """Seconds of a Python process from its start to its end, by the clock and of the processor."""
     environment = {**os.environ, **MALLOC, "ALIGNLAB_CACHE": str(folder / "cache")}
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), cpu_seconds_of_children()
     subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
-    print(f"{seconds:.0f} s  {' '.join(arguments)}", file=sys.stderr, flush=True)
-    return seconds
+    seconds, cpu_seconds = time.perf_counter() - began, cpu_seconds_of_children() - cpu_before
+    print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of CPU  {' '.join(arguments)}", file=sys.stderr, flush=True)
+    return seconds, cpu_seconds
+
+
+def cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def difference(run: Run, losses: list[float]) -> float:
