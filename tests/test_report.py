@@ -450,7 +450,29 @@ def test_best_is_the_run_that_the_sweep_chose(here, capsys):
 # --- hostile text ---
 
 
+def examination(text: str) -> dict:
+    """What `alignlab data` writes, as far as a report reads it."""
+    shown = {"split": "train", "number": 3, "what": text, "file": text, "line": 4}
+    found = {"level": "wrong", "says": text, "of": 90, "share": 1 / 90, "advice": text}
+    few = {"median": 9, "p95": 20, "max": 30}
+    return {
+        "fingerprint": FINISHED["data"]["fingerprint"],
+        "tokens": {name: few for name in ("prompt", "chosen", "rejected")},
+        "histogram": {"edges": [0, 10, 20, 31], "prompt": [80, 9, 1], "chosen": [0, 1200, 3], "rejected": [1, 0, 2]},
+        "findings": [
+            {**found, "name": "contradictions", "count": 1, "shown": [shown, {"what": text}]},
+            {**found, "name": "mojibake", "count": 0, "shown": []},
+        ],
+        "features": [
+            {"name": f"feature {text}", "accuracy": 0.62, "low": 0.58, "high": 0.66, "n": 80, "ties": 10},
+            {"name": "question marks", "accuracy": None, "low": None, "high": None, "n": 0, "ties": 90},
+        ],
+    }
+
+
 def hostile(folder: Path) -> Path:
+    (folder / "tiny").mkdir(parents=True, exist_ok=True)
+    (folder / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination(f"{HOSTILE[:200]} \u202e")))
     warning = {"guard": "kl", "step": 1, "message": SCRIPT}
     rows = [{**row, "prompt": f"\n\nHuman: {HOSTILE}{i}\n\nAssistant:"} for i, row in enumerate(samples(HOSTILE))]
     facts = {"stop_reason": SCRIPT, "command": SCRIPT, "warnings": [warning], "machine": {"platform": SCRIPT}}
@@ -467,6 +489,32 @@ def test_hostile_dialogue_is_shown_as_text_and_shortened(tmp_path):
     assert "more characters in samples.jsonl" in found.text and "{{ 7*7 }}" in found.text
     assert not set(page.read_text(encoding="utf-8")) & set("\u202e\u202c\x00\x1b")
     assert len(Run(page.parent).samples()[0]["reply"]) == len(HOSTILE)
+
+
+def test_findings_in_the_data_stand_in_the_page_with_their_pairs(tmp_path):
+    path = make(tmp_path / "tiny" / "dpo")
+    before = Elements(write_report(path)).text
+    assert "alignlab data tiny" in before, "what would put them there is said"
+    (tmp_path / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination("a plain sentence")))
+    page = write_report(path)
+    found = Elements(page).text
+    assert "contradictions" in found and "a plain sentence:4" in found and "→ a plain sentence" in found
+    assert "feature a plain sentence 62.0% (58.0% to 66.0%)" in found and "longest 30" in found
+    assert "Looked for, and not there: mojibake" in " ".join(found.split())
+    assert facts_beside(page)["runs"][0]["examination"]["findings"][0]["count"] == 1
+
+
+def test_an_examination_of_other_rows_is_not_shown(tmp_path):
+    path = make(tmp_path / "tiny" / "dpo")
+    (tmp_path / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination("x") | {"fingerprint": "f2"}))
+    assert "Findings" not in Elements(write_report(path)).text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "f1"}', '{"fingerprint": "f1", "findings": 3}'])
+def test_a_broken_examination_is_passed_over(tmp_path, text):
+    path = make(tmp_path / "tiny" / "dpo")
+    (tmp_path / "tiny" / runs.EXAMINATION).write_text(text)
+    assert "Findings" not in Elements(write_report(path)).text
 
 
 def test_the_page_loads_nothing(tmp_path):
@@ -523,6 +571,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     betas = {"dpo-beta0.1": 0.1, "dpo-beta0.5": 0.5}
     paths = [make(root / "swept" / name, beta=beta) for name, beta in betas.items()]
+    (root / "swept" / runs.EXAMINATION).write_text(json.dumps(examination("a plain sentence")))
     return {
         "run": write_report(hostile(root)),
         "sweep": write_report(make_sweep(root / "swept", betas, "dpo-beta0.5")),

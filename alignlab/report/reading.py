@@ -27,6 +27,7 @@ TEST = {  # name in the manifest → name here, and whether it is a share
     "reply_tokens": ("reply_tokens", False),
     "eos_rate": ("eos_rate", True),
 }
+EXAMINED = {"tokens": dict, "histogram": dict, "findings": list, "features": list}  # what a report shows of the data
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
 
@@ -98,7 +99,9 @@ def _examination(run: Run, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     if not data.get("fingerprint") or found.get("fingerprint") != data["fingerprint"]:
         return None
-    return {name: found.get(name) for name in ("tokens", "histogram", "turns", "findings", "features", "costs")}
+    if not all(isinstance(found.get(name), kind) for name, kind in EXAMINED.items()):
+        return None
+    return {name: found[name] for name in EXAMINED}
 
 
 def _fate(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings) -> dict[str, Any]:
