@@ -14,6 +14,7 @@ from alignlab.evaluate.preference import (
     preference_rows,
     slice_rows,
     slices,
+    subsets,
 )
 from alignlab.heldout import PairLogps, preference
 
@@ -102,3 +103,18 @@ def test_a_model_that_ignores_length_keeps_its_accuracy_at_equal_length():
     facts = length_facts(pairs_of(chosen, rejected), Rewards((DRAW.random(400) < 0.8).astype(float), np.full(400, 0.5)))
     assert facts["accuracy_at_equal_length"]["mean"] == pytest.approx(facts["accuracy"]["mean"], abs=0.02)
     assert length_warnings("dpo", facts) == []
+
+
+@pytest.mark.parametrize(
+    "files, names",
+    [
+        (["hh/helpful-base/test.jsonl", "hh/harmless-base/test.jsonl"], ["helpful-base", "harmless-base"]),
+        (["one.jsonl", "two.jsonl"], ["one.jsonl", "two.jsonl"]),
+        (["/data/mine.jsonl", "toy"], ["/data/mine.jsonl", "toy"]),
+        (["a/x/1/t.csv", "a/y/1/t.csv", "a/x/2/t.csv"], ["x/1", "y/1", "x/2"]),
+    ],
+)
+def test_a_subset_is_named_by_what_tells_its_file_from_the_others(files, names):
+    every = list(range(len(files)))
+    assert subsets(files, [*every, 0]) == [*names, names[0]]
+    assert subsets(files, [0, 0]) is None, "one file is no slice"

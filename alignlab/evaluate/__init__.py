@@ -93,7 +93,7 @@ class Evaluation:
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
         self.tokenizer, pairs = prepare_data(self.recipe)
         self.form = Format(self.recipe.data.format, self.tokenizer, self.recipe.model.chat_template)
-        self.pairs = self._drawn(pairs.test, wishes.limit)
+        self.pairs, self.files = self._drawn(pairs.test, wishes.limit), pairs.files
         self.bench = Bench()
         self.answers = Answers(self.bench, self.tokenizer)
         self.decoding = self._decoding()
@@ -230,7 +230,7 @@ class Evaluation:
             prompt_tokens=np.array([len(ids) for ids in self.pairs["prompt_ids"]]),
             chosen_tokens=lengths["chosen"],
             rejected_tokens=lengths["rejected"],
-            parts=[str(part) for part in self.pairs["part"]] if "part" in self.pairs.column_names else None,
+            parts=preference.subsets(self.files, list(self.pairs["file"])),
         )
 
     def _preference(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:

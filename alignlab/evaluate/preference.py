@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,26 @@ def _share_where(values: np.ndarray, there: np.ndarray, pairs: Pairs) -> dict[st
         return None
     prompts = [p for p, kept in zip(pairs.prompts, there, strict=True) if kept]
     return as_json(interval(clustered(values[there].astype(float), prompts), share=True))
+
+
+def subsets(files: Sequence[str], of_pairs: Sequence[int]) -> list[str] | None:
+    """Which file each pair comes from, by the part of its path in which files differ; none where all come from one.
+
+    >>> subsets(["hh/helpful-base/test.jsonl", "hh/harmless-base/test.jsonl"], [0, 0, 1])
+    ['helpful-base', 'helpful-base', 'harmless-base']
+    """
+    paths = {number: Path(files[number]).parts for number in set(of_pairs)}
+    if len(paths) < 2:
+        return None
+    same = _as_begins(list(paths.values()))
+    behind = _as_begins([path[same:][::-1] for path in paths.values()])
+    names = {number: path[same : len(path) - behind] or path for number, path in paths.items()}
+    return [Path(*names[number]).as_posix() for number in of_pairs]
+
+
+def _as_begins(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many parts all paths begin with alike."""
+    return sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
 def slices(pairs: Pairs) -> dict[str, dict[str, np.ndarray]]:
