@@ -81,6 +81,7 @@ bench-all: bench  ## further cells, data preparation, sweeps, the cost of sampli
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py gpt2-82m --ways stock shared
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py llama-25m --pairs 4 --ways stock shared shared-stored
 	$(BIN)/python tests/bench/data.py
+	$(BIN)/python tests/bench/doctor.py
 	$(BIN)/python tests/bench/sampling.py
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/sweep.py llama-25m
 

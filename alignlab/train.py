@@ -302,7 +302,8 @@ def _note_times(run: Run, **seconds: float) -> None:
 
 def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     if sft is None:
-        return {"start": start.adapter or start.weights}
+        name = start.adapter or start.weights
+        return {"start": name, **({"weights": models.weights_hash(Path(name))} if Path(name).is_dir() else {})}
     return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
 
 
@@ -346,7 +347,7 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
 
 def _refuse_other_parent(run: Run, parent: dict[str, Any]) -> None:
     before = run.manifest.get("parent", parent)
-    if before != parent:
+    if any(parent.get(key) != value for key, value in before.items()):
         raise RunError(
             f"{run.path} was trained from {before}, and would start from {parent}; "
             f"name a new run with --run, or train it again with --force"

@@ -23,6 +23,7 @@ from alignlab.export.card import is_local, paths_in, publishable
 from alignlab.export.chat import chat_template
 from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
+from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
 from alignlab.run import Run
 from alignlab.train import train_dpo, train_sft
@@ -349,6 +350,15 @@ def test_a_base_that_the_hub_does_not_give_is_one_line(copied, folders, tmp_path
 
 def test_another_base_than_that_of_training_is_refused(copied, folders, tmp_path):
     refused(copied, tmp_path / "out", Wish(model=str(folders["mistral"])), "its weights differ")
+
+
+def test_a_full_model_that_training_started_from_is_known_by_its_weights_too(copied, folders, tmp_path):
+    """As under `model.start`: what the adapter stands on is the start, and the recipe's own base is another."""
+    whole = weights_hash(folders["llama"])
+    copied.note(base={"name": "a-base", "revision": None}, parent={"start": str(folders["llama"]), "weights": whole})
+    assert export(copied, tmp_path / "out", Wish()).difference.reply_most < 1e-3
+    copied.note(parent={"start": str(folders["llama"]), "weights": "of another time"})
+    refused(copied, tmp_path / "again", Wish(), "its weights differ")
 
 
 def test_without_held_out_replies_nothing_is_written(copied, tmp_path):

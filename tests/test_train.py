@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alignlab import model as models
-from alignlab.errors import ModelError
+from alignlab.errors import ModelError, RunError
+from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
 from alignlab.run import Run, step_of
 from alignlab.train import train_dpo, train_sft
@@ -89,7 +91,20 @@ def test_model_start_takes_the_place_of_the_sft_run(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
     run = train_dpo(recipe("llama", f"model.start={sft.model}"), root=tmp_path)
     assert abs(run.metrics()[0]["eval/rewards/margins"]) < 1e-6
-    assert run.manifest["parent"] == {"start": str(sft.model)}
+    assert run.manifest["parent"] == {"start": str(sft.model), "weights": weights_hash(sft.model)}
+
+
+def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
+    """The folder is the same and the reference would be another: nothing goes on from there in silence."""
+    sft = train_sft(recipe(), root=tmp_path)
+    from_there = recipe("llama", f"model.start={sft.model}", "dpo.max_steps=2", "dpo.eval_steps=1")
+    run = train_dpo(from_there, root=tmp_path)
+    file = sft.model / "adapter_model.safetensors"
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(RunError, match="and would start from"):
+        train_dpo(from_there, root=tmp_path)
+    run.note(parent={"start": str(sft.model)})  # as runs say that were made before the weights were kept
+    assert train_dpo(from_there, root=tmp_path).is_finished
 
 
 def test_a_full_model_as_start_gets_a_fresh_adapter_and_is_the_reference(recipe, folders, tmp_path):

@@ -50,9 +50,10 @@ def find_trained(run: Run, recipe: Recipe, base: str | None = None) -> Trained:
     if not (run.model / models.ADAPTER_FILE).is_file():
         return Trained(run, recipe.model)
     trained_on = json.loads((run.model / models.ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    known = run.manifest.get("base") or {}
-    recorded = known if known.get("name") == trained_on else {}
-    is_embedded = recipe.model.name == "toy" and bool(recorded)
+    base_model, parent = run.manifest.get("base") or {}, run.manifest.get("parent") or {}
+    start = {"name": parent.get("start"), "weights": parent["weights"]} if "weights" in parent else {}
+    recorded = next((known for known in (base_model, start) if known.get("name") == trained_on), {})
+    is_embedded = recipe.model.name == "toy" and recorded is base_model
     name = base or (str(pretrain.base_model(recipe.data.toy)) if is_embedded else trained_on)
     revision = recorded.get("revision")
     section = replace(recipe.model, name=name, revision=revision if name == trained_on else None)
