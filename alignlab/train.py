@@ -295,7 +295,7 @@ def _say_what_is_repeated(trainer, held_out: int) -> None:
 
 
 def _note_times(run: Run, **seconds: float) -> None:
-    """Adds to what earlier sessions of the same run have taken."""
+    """Adds to what earlier starts of the same run have taken."""
     names = {f"{name}_seconds": value for name, value in seconds.items()}
     run.note(**{name: round(run.manifest.get(name, 0) + value, 1) for name, value in names.items()})
 
