@@ -104,6 +104,14 @@ def test_dropped_rows_are_shown_by_their_line(folder, capsys):
     assert dropped["count"] == 1 and f"rows.jsonl:{len(SOUND) + 1}" in dropped["shown"][0]["what"]
 
 
+def test_replies_dropped_for_their_length_come_with_the_settings_that_keep_them(folder, capsys):
+    settings = "data.max_reply_tokens", "data.long_replies=cut"
+    _, examination = examined(folder, [*SOUND, row("Which?", "The same.", "The same.")])
+    assert not any(setting in by_name(examination)["dropped-rows"]["advice"] for setting in settings)
+    _, examination = examined(folder, [*SOUND, row("Which?", "This one. " * 200, "That one.")])
+    assert all(setting in by_name(examination)["dropped-rows"]["advice"] for setting in settings)
+
+
 def test_json_and_the_file_and_the_page_say_the_same(folder, capsys):
     code, kept = examined(folder, SOUND, "--json")
     said = capsys.readouterr().out

@@ -78,6 +78,13 @@ class Prepared:
             for number, batch in enumerate(rows.iter(BATCH_ROWS)):
                 yield split, number * BATCH_ROWS, batch
 
+    def token_counts(self, split: str, text: str) -> np.ndarray:
+        """How many tokens each pair's `prompt`, `chosen` or `rejected` has, a reply with its EOS; shape (pairs,)."""
+        import pyarrow.compute
+
+        ids = getattr(self, split).data.column(f"{text}_ids")
+        return pyarrow.compute.list_value_length(ids).to_numpy().astype(int)
+
 
 def prepare(section: DataSection, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Prepared:
     """All pairs of a recipe's `data` section for this tokenizer, split by dialogue.

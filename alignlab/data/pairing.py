@@ -17,6 +17,7 @@ from alignlab.format import Format
 from alignlab.recipe import DataSection
 from alignlab.transcript import Turn, check_replies, dialogue_key, shorten
 
+LONG_REPLY = "reply too long"  # a reason for leaving a pair out
 SHORTENED, CUT, FOLDED = "prompt shortened by whole turns", "reply cut", "system turn put into the first Human turn"
 
 
@@ -206,7 +207,7 @@ def _limited(draft: Draft, text: str, ids: np.ndarray | None, job: Job) -> tuple
     if len(ids) <= job.section.max_reply_tokens:
         return text, ids, False
     if job.section.long_replies == "drop":
-        raise DataError("reply too long")
+        raise DataError(LONG_REPLY)
     text, cut = job.form.cut(draft.prompt, draft.prompt_ids, text, job.section.max_reply_tokens)
     return text, np.array(cut, np.int32), True
 

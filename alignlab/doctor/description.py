@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from alignlab.data import Prepared
 from alignlab.data.splits import SPLITS
+from alignlab.prompts import turns_of
 from alignlab.recipe import DataSection
-from alignlab.transcript import HUMAN
 
 if TYPE_CHECKING:
-    import numpy
-    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
 PERCENTILES = {"p5": 5, "median": 50, "p95": 95, "max": 100}
@@ -23,7 +23,10 @@ BINS = 24  # of a histogram
 
 def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The prepared data in numbers that JSON can hold; lengths are in tokens, replies with their EOS."""
-    lengths = {name: _lengths(prepared, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+    lengths = {
+        text: np.concatenate([prepared.token_counts(split, text) for split in SPLITS])
+        for text in ("prompt", "chosen", "rejected")
+    }
     return {
         "source": section.source or ", ".join(dict.fromkeys(part["source"] or "empty" for part in prepared.parts)),
         "path": section.path,
@@ -45,29 +48,17 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
     }
 
 
-def _lengths(prepared: Prepared, column: str) -> numpy.ndarray:
-    import numpy
-    import pyarrow.compute
-
-    columns: list[pyarrow.ChunkedArray] = [getattr(prepared, split).data.column(column) for split in SPLITS]
-    return numpy.concatenate([pyarrow.compute.list_value_length(ids).to_numpy() for ids in columns])
-
-
-def _percentiles(counts: numpy.ndarray) -> dict[str, float]:
-    import numpy
-
-    values = numpy.percentile(counts, list(PERCENTILES.values()), method="nearest")
+def _percentiles(counts: np.ndarray) -> dict[str, float]:
+    values = np.percentile(counts, list(PERCENTILES.values()), method="nearest")
     named = {name: int(value) for name, value in zip(PERCENTILES, values, strict=True)}
     return {"mean": round(float(counts.mean()), 1), **named}
 
 
-def _histogram(lengths: Mapping[str, numpy.ndarray]) -> dict[str, list[int]]:
+def _histogram(lengths: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
     """How many of each lie in [edge, next edge) tokens; the last bin holds its upper edge."""
-    import numpy
-
     longest = max(int(counts.max()) for counts in lengths.values())
-    edges = numpy.unique(numpy.linspace(0, longest + 1, BINS + 1).round().astype(int))
-    bins = {name: numpy.histogram(counts, edges)[0].tolist() for name, counts in lengths.items()}
+    edges = np.unique(np.linspace(0, longest + 1, BINS + 1).round().astype(int))
+    bins = {name: np.histogram(counts, edges)[0].tolist() for name, counts in lengths.items()}
     return {"edges": edges.tolist(), **bins}
 
 
@@ -75,11 +66,11 @@ def _turns(prepared: Prepared, form: str) -> dict[str, int]:
     """How many prompts have so many Human turns; empty where a template has written the turns in its own way."""
     if form != "hh":
         return {}
-    counts = Counter(p.count(HUMAN) for _, _, batch in prepared.batches(["prompt"]) for p in batch["prompt"])
+    counts = Counter(turns_of(p) for _, _, batch in prepared.batches(["prompt"]) for p in batch["prompt"])
     return {str(turns): counts[turns] for turns in sorted(counts)}
 
 
-def _length_bias(chosen: numpy.ndarray, rejected: numpy.ndarray) -> dict[str, float]:
+def _length_bias(chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
     """The share of pairs whose longer reply is the chosen one, of those with replies of different length."""
     n = int((chosen != rejected).sum())
     share = float((chosen > rejected).sum()) / max(n, 1)

@@ -82,13 +82,13 @@ def _shown(one: Shown, prepared: Prepared) -> dict[str, Any]:
     if not one.split:
         return {"what": one.what}
     pair = getattr(prepared, one.split)[one.number]
-    texts = {name: _short(pair[name]) for name in ("prompt", "chosen", "rejected")}
+    texts = {name: abridged(pair[name], SHOWN_CHARACTERS) for name in ("prompt", "chosen", "rejected")}
     return {**one._asdict(), "file": prepared.files[pair["file"]], "line": pair["line"], **texts}
 
 
-def _short(text: str) -> str:
-    half = SHOWN_CHARACTERS // 2
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} […] {text[-half:]}"
+def abridged(text: str, most: int) -> str:
+    """At most about so many characters: the beginning and the end."""
+    return text if len(text) <= most else f"{text[: most // 2]} […] {text[-(most // 2) :]}"
 
 
 def _rows(
@@ -99,12 +99,6 @@ def _rows(
     pairs = Rows(prepared.kept["train"], mean["prompt"], mean["chosen"], mean["rejected"])
     if not recipe.data.sft.path:
         return {"sft": Rows(pairs.count, pairs.prompt, pairs.chosen), "dpo": pairs}
-    replies = prepare_replies(recipe.data, tokenizer, prepared).train
-    prompt, chosen = (_mean_length(replies, f"{name}_ids") for name in ("prompt", "chosen"))
-    return {"sft": Rows(len(replies), prompt, chosen), "dpo": pairs}
-
-
-def _mean_length(rows: Any, column: str) -> float:
-    import pyarrow.compute
-
-    return pyarrow.compute.mean(pyarrow.compute.list_value_length(rows.data.column(column))).as_py()
+    replies = prepare_replies(recipe.data, tokenizer, prepared)
+    prompt, chosen = (float(replies.token_counts("train", text).mean()) for text in ("prompt", "chosen"))
+    return {"sft": Rows(len(replies.train), prompt, chosen), "dpo": pairs}

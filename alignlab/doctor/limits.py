@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignlab.data import Prepared
-from alignlab.data.pairing import CUT, SHORTENED
+from alignlab.data.pairing import CUT, LONG_REPLY, SHORTENED
 from alignlab.doctor.finding import Finding, Shown, few
 
 MANY_DROPPED = 0.05  # of the rows; above it the rest may no longer be a fair draw of the data
@@ -23,7 +23,7 @@ def _dropped(prepared: Prepared) -> Finding:
     count, seen = sum(prepared.dropped.values()), prepared.rows
     most = sorted(prepared.dropped.items(), key=lambda item: -item[1])[:3]
     why = ": " + ", ".join(f"{reason} ({n:,})" for reason, n in most) if most else ""
-    too_long = any("max_" in reason or "longer" in reason for reason in prepared.dropped)
+    keep = "; data.max_reply_tokens and data.long_replies=cut keep long replies"
     return Finding(
         name="dropped-rows",
         level="doubtful" if count > MANY_DROPPED * seen else "note",
@@ -31,8 +31,7 @@ def _dropped(prepared: Prepared) -> Finding:
         count=count,
         of=max(seen, count),
         shown=few(_dropped_rows(prepared)),
-        advice="dropped.jsonl of a run has each row with its reason"
-        + ("; data.max_reply_tokens and data.long_replies=cut keep long replies" if too_long else ""),
+        advice="dropped.jsonl of a run has each row with its reason" + keep * (LONG_REPLY in prepared.dropped),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from alignlab.data.splits import SPLITS
 from alignlab.doctor.description import PERCENTILES
+from alignlab.doctor.examination import abridged
 from alignlab.report.replies import harmless
 
 SHOWN_CHARACTERS = 700  # of one prompt or reply
@@ -42,7 +43,8 @@ def render(examination: Mapping[str, Any]) -> str:
     for number, example in enumerate(examination["examples"], 1):
         lines += ["", f"training pair {number}, as the model sees it"]
         for name in ("prompt", "chosen", "rejected"):
-            lines += [f"  {name}", textwrap.indent(_shown(example[name]), "  | ", lambda line: True)]
+            shown = harmless(abridged(example[name], SHOWN_CHARACTERS))
+            lines += [f"  {name}", textwrap.indent(shown, "  | ", lambda line: True)]
     return "\n".join(lines)
 
 
@@ -113,8 +115,3 @@ def _counts(title: str, counts: Mapping[str, int]) -> list[str]:
 
 def _token_line(name: str, tokens: Mapping[str, float]) -> str:
     return f"{name:<10}" + "".join(f"{tokens[column]:>9,}" for column in ("mean", *PERCENTILES))
-
-
-def _shown(text: str) -> str:
-    half = SHOWN_CHARACTERS // 2
-    return harmless(text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} […] {text[-half:]}")

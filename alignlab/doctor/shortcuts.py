@@ -164,7 +164,8 @@ def fit(X: np.ndarray) -> np.ndarray:
 
 def _length_bias(prepared: Prepared) -> Finding:
     """In tokens, over all splits: the figure of `longer_is_chosen`."""
-    longer_by = {split: _tokens(prepared, split, "chosen") - _tokens(prepared, split, "rejected") for split in SPLITS}
+    count = prepared.token_counts
+    longer_by = {split: count(split, "chosen") - count(split, "rejected") for split in SPLITS}
     every = np.concatenate(list(longer_by.values()))
     differ = every[every != 0]
     if not len(differ):
@@ -184,13 +185,6 @@ def _length_bias(prepared: Prepared) -> Finding:
         " dpo.ld_alpha below 1 (LD-DPO) gives less weight to what one reply is longer by, and dpo.loss_type:"
         " sigmoid_norm compares log-probabilities per token",
     )
-
-
-def _tokens(prepared: Prepared, split: str, reply: str) -> np.ndarray:
-    import pyarrow.compute
-
-    ids = getattr(prepared, split).data.column(f"{reply}_ids")
-    return pyarrow.compute.list_value_length(ids).to_numpy().astype(int)
 
 
 def _longest_ahead(prepared: Prepared, longer_by: np.ndarray) -> list[Shown]:

@@ -141,7 +141,7 @@ def render(facts: Mapping[str, Any], page: Path) -> str:
     labels = {run["name"]: run.get("label") or run["name"] for run in runs}
     drawn = [(chart, Markup(draw_curves(chart, labels))) for chart in facts["charts"]]
     frontiers = [(frontier, Markup(draw_frontier(frontier))) for frontier in facts.get("frontiers", [])]
-    evaluation = facts["evaluation"] or {}
+    evaluation, examination = facts["evaluation"] or {}, _examination(runs)
     context = {
         **facts,
         "css": Markup(_css()),
@@ -156,8 +156,8 @@ def render(facts: Mapping[str, Any], page: Path) -> str:
         "eval_columns": list(dict.fromkeys(name for row in evaluation.get("table") or [] for name in row["values"])),
         "test_rows": TEST_ROWS,
         "data_rows": _side_by_side(runs, _data_rows),
-        "examination": _examination(runs),
-        "pictures": _pictures(_examination(runs)),
+        "examination": examination,
+        "pictures": _pictures(examination) if examination else [],
         "where_rows": _side_by_side(runs, _where_rows),
         "links": [_link(Path(run["folder"]), page) for run in runs],
         "json_name": page.with_suffix(".json").name,
@@ -171,12 +171,10 @@ def _examination(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return runs[0]["examination"] if runs and len({run["data"].get("fingerprint") for run in runs}) == 1 else None
 
 
-def _pictures(examination: Mapping[str, Any] | None) -> list[tuple[str, str, Markup]]:
+def _pictures(examination: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
     """Drawings of the data with what they show in words, and the numbers behind them as text."""
     from alignlab.report.pictures import draw_features, draw_lengths
 
-    if not examination:
-        return []
     histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"]]
     tokens = "; ".join(
         f"{name}: median {of['median']:,}, 95% at most {of['p95']:,}, longest {of['max']:,}"
