@@ -11,12 +11,13 @@ from datasets import Dataset
 
 from alignlab import heldout, toy
 from alignlab.data import Prepared
+from alignlab.disk import write_lines
 from alignlab.format import stops_of
 from alignlab.heldout import PairLogps
 from alignlab.measures import Estimate, estimate
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
-from alignlab.run import Run, write_lines
+from alignlab.run import Run
 from alignlab.samples import HeldOutPrompts
 from alignlab.trainers import AlignDPOTrainer
 

@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alignlab.disk import hash_file
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
 from alignlab.recipe import ModelSection
-from alignlab.run import hash_file
 
 log = logging.getLogger(__name__)
 

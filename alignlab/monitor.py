@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
+from alignlab.disk import append_line
 from alignlab.errors import ModelError
 from alignlab.guards import Alarm, alarms
 from alignlab.recipe import MonitorSection
-from alignlab.run import Run, append_line, mark_complete
+from alignlab.run import Run, mark_complete
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
 
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
@@ -88,40 +89,6 @@ class Run:
         """Adds facts to the manifest, whole or not at all."""
         if self.is_writer:
             write_json(self.manifest_file, {**self.manifest, **facts})
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def cut_back(run: Run, step: int) -> None:
@@ -279,13 +246,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _seal(file: Path) -> tuple[int, str]:
     return file.stat().st_size, hash_file(file)
-
-
-def hash_file(file: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

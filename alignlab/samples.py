@@ -16,10 +16,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab import generate
+from alignlab.disk import append_line
 from alignlab.generate import Reply, batches, reply_logits, sample_replies
 from alignlab.measures import estimate, kl_per_reply
 from alignlab.quality import distinct, repetition
-from alignlab.run import Run, append_line
+from alignlab.run import Run
 from alignlab.store import ReferenceIdentity, read_replies, store_replies
 
 Reference = Callable[[], Iterator[PreTrainedModel]]  # a context in which the model answers as the reference does

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignlab import disk
 from alignlab import run as runs
 from alignlab.errors import RecipeError, RunError
 from alignlab.recipe import consumed, write_yaml
@@ -29,11 +30,11 @@ def write_run(
     ]
     path = members.folder / member.name
     with runs.opened(path, "dpo", consumed(member.recipe, "dpo"), write_yaml(member.recipe)) as run:
-        runs.write_lines(run.metrics_file, rows)
-        runs.write_lines(run.samples_file, [{"step": 4, "split": "validation", "prompt": "?", "reply": "!"}] * 16)
+        disk.write_lines(run.metrics_file, rows)
+        disk.write_lines(run.samples_file, [{"step": 4, "split": "validation", "prompt": "?", "reply": "!"}] * 16)
         if scores is not None:
             written = [{"split": "validation", "pair": n, "chosen": c, "rejected": 0.0} for n, c in enumerate(scores)]
-            runs.write_lines(path / "scores.jsonl", written)
+            disk.write_lines(path / "scores.jsonl", written)
         data = {"kept": {"train": 9, "validation": 100, "test": 50}, "fingerprint": "same", **facts}
         run.note(status="finished", best_step=4, steps=4, data=data, test={})
     return run

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab import cli, toy
 from alignlab import model as models
+from alignlab.disk import read_lines
 from alignlab.errors import AlignlabError, RunError
 from alignlab.evaluate import Wishes, answers, evaluate
 from alignlab.evaluate.candidates import Bench, line_up
@@ -23,7 +24,7 @@ from alignlab.generate import reply_logits, sample_replies
 from alignlab.lineup import find_runs
 from alignlab.measures import kl_per_reply
 from alignlab.recipe import load_recipe
-from alignlab.run import Run, read_lines
+from alignlab.run import Run
 from alignlab.train import prepare_data, train_dpo, train_sft
 
 QUICK = Wishes(replies=12, max_new_tokens=12)

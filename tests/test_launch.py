@@ -13,9 +13,10 @@ import pytest
 from commands import alignlab, same, wait_until
 
 from alignlab import launch
+from alignlab.disk import read_lines
 from alignlab.errors import MachineError, RunError
 from alignlab.recipe import load_recipe
-from alignlab.run import Run, read_lines
+from alignlab.run import Run
 from alignlab.train import train_dpo
 
 COMPARED = {"train/loss", "eval/loss", "eval/kl", "eval/rewards/margins", "eval/reply_tokens"}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import cli
+from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RunError
 from alignlab.report import find_runs, last_run, report_line, write_comparison, write_report
@@ -106,7 +106,7 @@ def make(path: Path, rows=None, replies=None, beta: float = 0.1, source: str = "
         "dpo": {"beta": beta, "max_steps": 40},
     }
     with runs.opened(path, "dpo", consumed, f"about: x\nmodel:\n  name: toy\ndpo:\n  beta: {beta}\n") as run:
-        runs.write_lines(run.metrics_file, metrics(4) if rows is None else rows)
+        disk.write_lines(run.metrics_file, metrics(4) if rows is None else rows)
         lines = (json.dumps(row) for row in (samples() if replies is None else replies))  # ASCII: lone surrogates too
         run.samples_file.write_text("".join(f"{line}\n" for line in lines))
         run.note(**{**FINISHED, **facts})
@@ -137,7 +137,7 @@ def make_sweep(folder: Path, names: Mapping[str, float], choice: str | None, **f
         "choice": choice,
         "why": "it is",
     }
-    runs.write_json(folder / "sweep.json", {**sweep, "members": members, **facts})
+    disk.write_json(folder / "sweep.json", {**sweep, "members": members, **facts})
     return folder
 
 
@@ -266,7 +266,7 @@ def test_a_moved_run_keeps_its_base_column(tmp_path):
     make(tmp_path / "tiny" / "dpo", parent={"run": "runs/elsewhere/sft", "weights": "x"})
     first = {"step": 0, "time": 1.0, "eval/loss": 1.9, "eval/perplexity": 7.095}
     (tmp_path / "tiny" / "sft").mkdir()
-    runs.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
+    disk.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
     moved = shutil.move(tmp_path / "tiny", tmp_path / "copied")
     table = facts_beside(write_report(Path(moved) / "dpo"))["table"]
     assert table["columns"] == ["base", "SFT", "DPO"]
@@ -301,7 +301,7 @@ def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
         "warnings": ["the judge prefers the first reply"],
         "cases": [case],
     }
-    runs.write_json(path / "eval.json", evaluation)
+    disk.write_json(path / "eval.json", evaluation)
     text = Elements(write_report(path)).text
     assert "its replies win 70% of 64 comparisons judged by some-model (95% interval 60% to 80%" in text
     for words in ("refuses <b>harm</b>", "the judge prefers the first reply", "dpo, 2 of 2", "1,020", "Who wins"):
@@ -310,7 +310,7 @@ def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
 
 def test_an_sft_run_has_a_page(tmp_path):
     with runs.opened(tmp_path / "tiny" / "sft", "sft", {"sft": {"max_steps": 4}}, "about: x\n") as run:
-        runs.write_lines(
+        disk.write_lines(
             run.metrics_file, [{"step": 0, "eval/loss": 1.9, "eval/perplexity": 7.1}, {"step": 4, "train/loss": 1.0}]
         )
         run.note(

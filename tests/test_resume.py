@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from commands import alignlab, kill_when, same, wait_until, weights
 
-from alignlab.run import Run, last_whole_checkpoint, opened, read_lines
+from alignlab.disk import read_lines
+from alignlab.run import Run, last_whole_checkpoint, opened
 
 RECIPE = """
 about: a run of seconds

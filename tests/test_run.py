@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab import run as runs
+from alignlab.disk import append_line, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
-from alignlab.run import Run, append_line, cut_back, opened, read_lines, write_json, write_lines, write_text
+from alignlab.run import Run, cut_back, opened
 
 SETTINGS = {"data": {"source": "toy", "seed": 0}, "model": {"name": "toy", "lora": {"r": 16}}, "dpo": {"beta": 0.1}}
 rows = st.lists(
@@ -51,7 +52,7 @@ def test_a_crash_between_write_and_rename_leaves_the_old_file(tmp_path):
     file = tmp_path / "manifest.json"
     write_text(file, "old")
     crash = (
-        "import os, sys; from pathlib import Path; from alignlab.run import write_text\n"
+        "import os, sys; from pathlib import Path; from alignlab.disk import write_text\n"
         "Path.replace = lambda *names: os._exit(9)\n"
         "write_text(Path(sys.argv[1]), 'new' * 1000)"
     )

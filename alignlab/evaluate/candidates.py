@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignlab import model as models
+from alignlab.disk import digest
 from alignlab.errors import RunError
 from alignlab.lineup import names_of
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.run import Run
-from alignlab.store import digest
 from alignlab.train import with_weights
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab import model as models
+from alignlab.disk import write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.export import difference
 from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, paths_in, publishable, write_card
@@ -26,7 +27,7 @@ from alignlab.export.merge import Trained, find_trained, load_exported, load_tra
 from alignlab.format import Dialogue, Format
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.report import find_runs, runs_folder
-from alignlab.run import Run, package_versions, write_json
+from alignlab.run import Run, package_versions
 from alignlab.sweep.choice import chosen_run
 from alignlab.transcript import Turn
 

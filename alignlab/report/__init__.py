@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
 from alignlab import __version__
+from alignlab.disk import write_text
 from alignlab.errors import RunError
 from alignlab.report.facts import facts_of_run, facts_of_runs, facts_of_sweep, plain
 from alignlab.report.verdict import duration, number
-from alignlab.run import Run, write_text
+from alignlab.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alignlab.disk import read_lines, write_json
 from alignlab.errors import RunError
 from alignlab.recipe import consumed
 from alignlab.report.curves import is_number
 from alignlab.report.reading import read_run, read_sweep
-from alignlab.run import Run, read_lines, write_json
+from alignlab.run import Run
 from alignlab.sweep.members import Member, Members
 
 log = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 from machine import machine
 
+from alignlab.disk import write_json, write_text
 from alignlab.recipe import load_recipe
-from alignlab.run import write_json, write_text
 from alignlab.train import train_dpo
 
 HERE = Path(__file__).parent

@@ -35,8 +35,9 @@ from step import SHAPES
 from stock import ids_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alignlab.disk import write_lines
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.run import Run, write_lines
+from alignlab.run import Run
 from alignlab.train import prepare_data, with_weights
 
 RESULTS = Path(__file__).parent / "results"
