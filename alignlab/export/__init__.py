@@ -74,10 +74,10 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run
     """
     if best:
         run = Run(chosen_run(runs_folder(recipe)))
-    elif not (run := Run(Path(recipe))).manifest:
+    elif not (run := Run(Path(recipe))).has_started:
         run = Run(find_runs(recipe, [name or "dpo"])[0])
     if not run.is_finished:
-        status = run.manifest.get("status")
+        status = run.manifest.status
         raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
     if not run.model.is_dir():
         raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")

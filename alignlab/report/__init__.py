@@ -81,13 +81,13 @@ def find_runs(recipe: str, names: Sequence[str] = ()) -> list[Path]:
     folder = runs_folder(recipe)
     if names:
         return [_named(folder, name) for name in names]
-    return [folder] if Run(folder).manifest or (folder / "sweep.json").is_file() else [last_run(recipe)]
+    return [folder] if Run(folder).has_started or (folder / "sweep.json").is_file() else [last_run(recipe)]
 
 
 def last_run(recipe: str) -> Path:
     """The DPO run that was started last, else the last SFT run; RECIPE as for `find_runs`."""
     folder = runs_folder(recipe)
-    if Run(folder).manifest:
+    if Run(folder).has_started:
         return folder
     runs = _runs_in(folder)
     if not runs and folder.is_dir() and (folder / "metrics.jsonl").is_file():
@@ -96,7 +96,7 @@ def last_run(recipe: str) -> Path:
         )
     if not runs:
         raise RunError(f"there is no run of {recipe} yet (looked in {folder}); make one with alignlab dpo {recipe}")
-    return max(runs, key=lambda path: (Run(path).manifest.get("stage") == "dpo", _started(path)))
+    return max(runs, key=lambda path: (Run(path).manifest.stage == "dpo", _started(path)))
 
 
 def runs_folder(recipe: str) -> Path:
@@ -108,7 +108,7 @@ def runs_folder(recipe: str) -> Path:
 
 
 def _named(folder: Path, name: str) -> Path:
-    if not Run(folder / name).manifest:
+    if not Run(folder / name).has_started:
         there = ", ".join(path.name for path in _runs_in(folder)) or "none"
         raise RunError(f"{folder / name} holds no run; there: {there}")
     return folder / name
@@ -119,7 +119,7 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _started(path: Path) -> str:
-    return str(Run(path).manifest.get("started") or "")
+    return Run(path).manifest.started or ""
 
 
 def _write(facts: Mapping[str, Any], page: Path) -> Path:
@@ -176,7 +176,7 @@ def _pictures(examination: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
     """Drawings of the data with what they show in words, and the numbers behind them as text."""
     from alignlab.report.pictures import draw_features, draw_lengths
 
-    histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"]]
+    histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"] and f["high"]]
     tokens = "; ".join(
         f"{name}: median {of['median']:,}, 95% at most {of['p95']:,}, longest {of['max']:,}"
         for name, of in examination["tokens"].items()
@@ -316,7 +316,7 @@ def _where_rows(run: Mapping[str, Any]) -> dict[str, str | None]:
     wall, training = where["wall_seconds"], where["training_seconds"]
     return {
         "status": f"{run['status']}{': ' + run['stop_reason'] if run['stop_reason'] else ''}",
-        "kept weights": run["kept"] or (f"step {run['best_step']}" if run["best_step"] is not None else ""),
+        "kept weights": "" if run["best_step"] is None else f"step {run['best_step']}",
         "base model": where["base"],
         "reference": run["reference"],
         "parent run": run["parent"],

@@ -40,7 +40,7 @@ def facts_of_runs(paths: Sequence[Path]) -> dict[str, Any]:
 def facts_of_sweep(folder: Path) -> dict[str, Any]:
     """The facts of a sweep: its members' runs as far as they are there, the frontier and the choice."""
     sweep = read_sweep(folder / "sweep.json")
-    there = {m["name"]: folder / m["name"] for m in sweep["members"] if Run(folder / m["name"]).manifest}
+    there = {m["name"]: folder / m["name"] for m in sweep["members"] if Run(folder / m["name"]).has_started}
     found = [read_run(path) for name, path in sorted(there.items(), key=lambda item: item[0] != sweep["choice"])]
     labels = {m["name"]: m["label"] for m in sweep["members"]}
     for run in found:

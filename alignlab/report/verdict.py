@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from alignlab.estimate import Estimate
-from alignlab.report.curves import is_number
+from alignlab.estimate import Estimate, is_number
 
 CHANCE = 0.5
 SILENCE = 3600  # seconds without a logged step after which a run that says it is running was probably killed

@@ -16,9 +16,8 @@ from typing import Any
 
 from alignlab.disk import read_lines, write_json
 from alignlab.errors import RunError
-from alignlab.estimate import Estimate, mean_estimate
+from alignlab.estimate import Estimate, is_number, mean_estimate
 from alignlab.recipe import consumed
-from alignlab.report.curves import is_number
 from alignlab.report.reading import read_run, read_sweep
 from alignlab.run import Run
 from alignlab.sweep.members import Member, Members
@@ -86,7 +85,7 @@ def chosen_run(folder: Path) -> Path:
     sweep = read_sweep(file)
     if sweep["choice"] is None:
         raise RunError(f"{file} has chosen no member: {sweep['why']}; name a run with --run")
-    if not Run(folder / sweep["choice"]).manifest:
+    if not Run(folder / sweep["choice"]).has_started:
         raise RunError(f"{folder / sweep['choice']}, which {file} has chosen, is not there; copy it beside {file.name}")
     return folder / sweep["choice"]
 
@@ -97,7 +96,7 @@ def chosen_run(folder: Path) -> Path:
 def _row(member: Member, folder: Path, failure: str | None) -> Row:
     path = folder / member.name
     try:
-        status = Run(path).manifest.get("status", "missing")
+        status = Run(path).manifest.status if Run(path).has_started else "missing"
         if failure or status == "missing":
             return Row(member, path, "failed" if failure else status, failure)
         facts = read_run(path)
@@ -113,7 +112,7 @@ def _row(member: Member, folder: Path, failure: str | None) -> Row:
 
 def _refuse_other_settings(member: Member, path: Path) -> None:
     expected = _flat(json.loads(json.dumps(consumed(member.recipe, "dpo"), default=str)))
-    found = _flat(Run(path).manifest.get("consumed", {}))
+    found = _flat(Run(path).manifest.consumed)
     if changed := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
         named = ", ".join(f"{key} was {found.get(key)!r}, is {expected.get(key)!r}" for key in changed)
         raise RunError(f"{path} was made from other settings: {named}; take it away, or sweep with those settings")
