@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,14 @@ from alignlab import typed
 from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate
+from alignlab.fields import suggest
+from alignlab.recipe import LONGEST_NAME
+from alignlab.written import find_recipe
 
+RUNS = Path("runs")  # holds a folder of runs for each recipe
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
+SWEEP = "sweep.json"  # beside it: the members of the last sweep, and the choice
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")  # of a run: a folder beside others, and nothing else
 MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
@@ -210,6 +217,39 @@ class Examination:
     features: Sequence[Feature]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepMember:
+    """A run of a sweep as `sweep.json` has it; its figures are those of the step whose weights it kept."""
+
+    run: str  # its name
+    path: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what is its own: "dpo.beta" → 0.3
+    status: str = "missing"
+    error: str | None = None
+    margin: Estimate | None = None
+    margin_over_beta: Estimate | None = None
+    accuracy: Estimate | None = None
+    kl: Estimate | None = None  # nats per reply
+    win_rate: Estimate | None = None  # on the test split
+    perplexity_change: float | None = None  # a share of what it was before training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What `alignlab sweep` wrote: the members, and the choice among them; in `sweep.json`."""
+
+    members: Sequence[SweepMember]
+    recipe: str = ""
+    rule: str = ""
+    max_kl: float | None = None
+    split: str | None = None  # that the choice was made on
+    overrides: Sequence[str] | None = None  # that all members share
+    choice: str | None = None  # a member's name
+    why: str | None = None
+    test: Mapping[str, Estimate | None] | None = None  # of the chosen run, on pairs that chose nothing
+    warnings: Sequence[str] = ()
+
+
 FACTS = {each.name for each in dataclasses.fields(Manifest)}
 
 
@@ -279,6 +319,110 @@ class Run:
         if self.is_writer:
             before = json.loads(self.manifest_file.read_text("utf-8")) if self.has_started else {}
             write_json(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
+
+
+def check_name(name: str, where: str = "--run") -> str:
+    """The name; RunError where it is not one that a run can have."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        shown = repr(name) if len(name) <= 100 else f"{name[:20]!r}… of {len(name)} characters"
+        raise RunError(
+            f"{where} {shown} is no name of a run: at most {LONGEST_NAME} letters (a to z), digits and ._=+-, "
+            f"with a letter or a digit first"
+        )
+    return name
+
+
+# --- finding a run ---
+
+
+def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: Path = RUNS) -> Run:
+    """The run that a command is about: NAME, or the best of the sweep, or else the last DPO run, or the last SFT run.
+
+    RECIPE is a run directory itself, a folder of runs, or a recipe's name or file, whose runs are under `root`; the
+    recipe need not be there. RunError says what is there instead.
+    """
+    folder = runs_folder(recipe, root)
+    if Run(folder).has_started:
+        if name or best:
+            raise RunError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
+        return Run(folder)
+    if best:
+        return _chosen(folder)
+    if name:
+        return _there(folder / check_name(name), recipe)
+    if not (runs := runs_in(folder)):
+        return _there(folder, recipe)
+    return max(runs, key=lambda run: (run.manifest.stage == "dpo", run.manifest.started or ""))
+
+
+def runs_folder(recipe: str, root: Path = RUNS) -> Path:
+    """Where the runs of RECIPE are: `runs/NAME` for a recipe's name or file; a folder is itself."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return root / path.stem
+    holds_runs = Run(path).has_started or runs_in(path) or (path / SWEEP).is_file()
+    return path if holds_runs or len(path.parts) > 1 else root / recipe
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return sorted((Run(file.parent) for file in folder.glob("*/manifest.json")), key=lambda run: run.path)
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep whose members are in this folder, none where there was no sweep."""
+    file = folder / SWEEP
+    if not file.is_file():
+        return None
+    sweep = typed.read_file(Sweep, file, "make it anew with alignlab sweep")
+    for name in (*(member.run for member in sweep.members), *([sweep.choice] if sweep.choice else [])):
+        check_name(name, f"{file}:")
+    return sweep
+
+
+def parent_of(run: Run) -> Run | None:
+    """The SFT run that a DPO run started from: beside it, as folders may be moved, or where its manifest says.
+
+    None where it started from `model.start`, or the SFT run is not there any more.
+    """
+    parent = run.manifest.parent
+    if not parent or not parent.run:
+        return None
+    places = (run.path.absolute().parent / Path(parent.run).name, Path(parent.run))
+    return next((found for found in map(Run, places) if found.path.is_dir()), None)
+
+
+def finished(run: Run) -> Run:
+    """The run; RunError where it has not finished, or its model is gone."""
+    if not run.is_finished:
+        command = run.manifest.command
+        goes_on = f"`{command}`" if command else "the command that made it"
+        raise RunError(f"{run.path} is not finished (it is {run.manifest.status}); {goes_on} goes on from there")
+    if not run.model.is_dir():
+        raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
+    return run
+
+
+def _chosen(folder: Path) -> Run:
+    sweep = read_sweep(folder)
+    if sweep is None:
+        raise RunError(f"there is no {folder / SWEEP} with a best run; make it with alignlab sweep, or name a run")
+    if sweep.choice is None:
+        raise RunError(f"{folder / SWEEP} has chosen no member: {sweep.why}; name a run with --run")
+    return _there(folder / sweep.choice)
+
+
+def _there(path: Path, recipe: str | None = None) -> Run:
+    """The run at a path; where there is none, RunError says which are beside it, and how RECIPE's are made."""
+    if (run := Run(path)).has_started:
+        return run
+    if run.metrics_file.is_file():
+        raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
+    if beside := [other.path.name for other in runs_in(path.parent)]:
+        raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
+    if recipe is None or path.is_dir():
+        raise RunError(f"there is no run at {path}")
+    find_recipe(recipe)  # says which recipes there are
+    raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
 
 
 def _plain(value: Any) -> Any:

@@ -19,8 +19,8 @@ import pytest
 from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RunError
-from alignlab.report import find_runs, last_run, report_line, write_comparison, write_report
-from alignlab.run import Run
+from alignlab.report import find_runs, report_line, write_comparison, write_report
+from alignlab.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
 HOSTILE = (
@@ -361,6 +361,8 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
 
 # --- bad input: one line each ---
 
+NO_DOP = "there is no run at runs/tiny/dop (there: bare, dpo, older, sft)"
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -369,7 +371,14 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
             ["report", "mistral"],
             "there is no run of mistral yet (looked in runs/mistral); make one with alignlab dpo mistral",
         ),
-        (["report", "tiny", "--run", "nope"], "runs/tiny/nope holds no run; there: bare, dpo, older, sft"),
+        (["report", "tiny", "--run", "nope"], "there is no run at runs/tiny/nope (there: bare, dpo, older, sft)"),
+        (["report", "tiny", "--run", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["compare", "tiny", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "tiny", "--runs", "dpo", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["export", "tiny", "--run", "dop", "--to", "x"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "tinny"], "no recipe 'tinny' (looked in recipes and "),
         (["report", "tiny", "--best"], "there is no runs/tiny/sweep.json with a best run; make it with alignlab sweep"),
         (["report", "runs/tiny/bare"], "runs/tiny/bare is finished, but has no metrics.jsonl"),
         (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
@@ -401,7 +410,7 @@ def test_a_broken_sweep_or_evaluation_is_one_line(tmp_path):
     with pytest.raises(RunError, match=r"eval\.json is not JSON"):
         write_report(path)
     (tmp_path / "tiny" / "sweep.json").write_text('{"members": [{}]}')
-    with pytest.raises(RunError, match=r"sweep\.json is not a sweep's"):
+    with pytest.raises(RunError, match=r"sweep\.json: members\.0\.run is missing; make it anew with alignlab sweep"):
         write_report(tmp_path / "tiny")
 
 
@@ -424,7 +433,7 @@ def test_a_recipe_is_a_name_a_file_or_a_folder_and_need_not_exist(here):
     assert find_runs("runs/mine/dpo") == [Path("runs/mine/dpo")]
     assert find_runs("mine", ["dpo", "dpo-beta0.3"]) == [Path("runs/mine/dpo"), Path("runs/mine/dpo-beta0.3")]
     make_sweep(Path("runs/mine"), {"dpo": 0.1}, "dpo")
-    assert find_runs("mine") == [Path("runs/mine")] and last_run("mine") == Path("runs/mine/dpo-beta0.3")
+    assert find_runs("mine") == [Path("runs/mine")] and find_run("mine").path == Path("runs/mine/dpo-beta0.3")
 
 
 def test_the_command_ends_with_the_path(here, capsys):

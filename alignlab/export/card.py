@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from alignlab import files
 from alignlab.estimate import is_number
 from alignlab.recipe import Recipe, sections_of, write_yaml
-from alignlab.report.reading import read_run, read_sweep
+from alignlab.report.reading import read_run, sweep_facts
 from alignlab.report.replies import harmless
 from alignlab.report.verdict import number, percent, verdict
-from alignlab.run import Run
+from alignlab.run import Run, read_sweep
 
 QUESTION = "How do I keep a pot of basil alive?"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -178,12 +178,11 @@ def _evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _chosen(run: Run) -> str | None:
     """That the run was chosen among others, which its figures must be read with."""
-    file = run.path.parent / "sweep.json"
-    sweep = read_sweep(file) if file.is_file() else {"choice": None}
-    if sweep["choice"] != run.path.name:
+    sweep = read_sweep(run.path.parent)
+    if sweep is None or sweep.choice != run.path.name:
         return None
-    others = ", ".join(member["label"] for member in sweep["members"])
-    return f"Chosen from a sweep of {len(sweep['members'])} ({others}) as the {sweep['rule']}."
+    others = ", ".join(member["label"] for member in sweep_facts(sweep)["members"])
+    return f"Chosen from a sweep of {len(sweep.members)} ({others}) as the {sweep.rule}."
 
 
 def _data(data: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from alignlab.estimate import Estimate, is_number
 from alignlab.report.curves import read_metrics
 from alignlab.report.replies import last_samples
 from alignlab.report.verdict import with_interval
-from alignlab.run import EXAMINATION, Examination, Figures, Manifest, Rows, Run
+from alignlab.run import EXAMINATION, Examination, Figures, Manifest, Rows, Run, Sweep, SweepMember, parent_of
 
 SHARES = ("accuracy", "eos_rate")
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
@@ -48,7 +48,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "reference_name": "SFT" if _versus(model) == "SFT" else "reference",
         "reference": manifest.reference,
         "parent": manifest.parent and manifest.parent.run,
-        "before": _before(path, manifest),
+        "before": _before(parent_of(run)),
         "beta": settings.get("beta"),
         "test": test,
         "win_rate": _win_rate(stage, manifest.test, data.get("source"), evaluation),
@@ -195,17 +195,10 @@ def _evaluation_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], **{called: value for called, value in figures.items() if is_number(value)}}
 
 
-def _before(path: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """The SFT run's own evaluation before its first step, which is the base model's, and its figure on the test split.
-
-    The SFT run is looked for where the manifest says and beside this run, so that folders may be moved.
-    """
-    name = manifest.parent and manifest.parent.run
-    for folder in (path.resolve().parent / Path(name).name, Path(name)) if name else ():
-        rows, _ = read_metrics(folder / "metrics.jsonl")
-        if rows and rows[0]["step"] == 0:
-            return _evaluation_row(rows[0])
-    return None
+def _before(parent: Run | None) -> dict[str, Any] | None:
+    """The SFT run's own evaluation before its first step, which is the base model's."""
+    rows, _ = read_metrics(parent.metrics_file) if parent else ([], [])
+    return _evaluation_row(rows[0]) if rows and rows[0]["step"] == 0 else None
 
 
 def _where(manifest: Manifest) -> dict[str, Any]:
@@ -275,28 +268,23 @@ def read_evaluation(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def read_sweep(file: Path) -> dict[str, Any]:
+def sweep_facts(sweep: Sweep) -> dict[str, Any]:
     """What `alignlab sweep` wrote: the members with their estimates, and the choice."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        members = [_member(member) for member in found["members"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise RunError(f"{file} is not a sweep's ({type(e).__name__}: {e}); make it anew with alignlab sweep") from None
-    keys = ("rule", "max_kl", "choice", "why")
-    return {"recipe": found.get("recipe") or "", **{key: found.get(key) for key in keys}, "members": members}
+    return {**asdict(sweep), "members": [_member(member) for member in sweep.members]}
 
 
-def _member(member: Mapping[str, Any]) -> dict[str, Any]:
-    shares = {"accuracy": True, "win_rate": True}
-    names = ("margin", "margin_over_beta", "accuracy", "kl", "win_rate")
-    settings = _table(member.get("settings"))
-    short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+def _member(member: SweepMember) -> dict[str, Any]:
+    short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in member.settings.items())
+    figures = {}
+    for name in ("margin", "margin_over_beta", "accuracy", "kl", "win_rate"):
+        figure = getattr(member, name)
+        figures[name] = figure and with_interval(asdict(figure), name in ("accuracy", "win_rate"))
     return {
-        "name": Path(member["run"]).name,
-        "label": short or Path(member["run"]).name,
-        "settings": dict(settings),
-        "status": member.get("status"),
-        "error": member.get("error"),
-        **{name: with_interval(_table(member.get(name)), shares.get(name, False)) for name in names},
-        "perplexity_change": member.get("perplexity_change"),
+        "name": member.run,
+        "label": short or member.run,
+        "settings": dict(member.settings),
+        "status": member.status,
+        "error": member.error,
+        **figures,
+        "perplexity_change": member.perplexity_change,
     }
