@@ -7,10 +7,10 @@ strings: the tokenizer's BOS once, and one EOS behind a reply.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignlab.errors import DataError, ModelError
 from alignlab.transcript import ASSISTANT, HUMAN, Turn, join_turns, one_turn
@@ -34,6 +34,7 @@ class Dialogue:
     turns: Sequence[Turn]
     system: str | None = None
     input: str | None = None  # what the last Human turn is about, where a source tells it apart (Alpaca)
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas of functions; only chat templates can write them
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class Format:
             raise DataError("the chat template drops the system turn; set model.chat_template to one that writes it")
         return prompt
 
-    def reply(self, dialogue: Dialogue, prompt: str, text: str) -> str:
+    def reply(self, dialogue: Dialogue, prompt: str, text: str, reasoning: str | None = None) -> str:
         """What follows the prompt when `text` is the reply, up to the EOS and without it.
 
         A template that writes no EOS gets one behind all that it writes.
@@ -140,7 +141,7 @@ class Format:
         if self.name != "chat":
             return WRITINGS[self.name].reply(text)
         dialogue = _with_input(dialogue)
-        answered = replace(dialogue, turns=[*dialogue.turns, Turn("Assistant", text)])
+        answered = replace(dialogue, turns=[*dialogue.turns, Turn("Assistant", text, reasoning)])
         whole = self._render(answered, add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise DataError("the chat template writes the prompt differently before a reply")
@@ -177,6 +178,7 @@ class Format:
         try:
             return self.tokenizer.apply_chat_template(
                 _messages(_with_input(dialogue)),
+                tools=list(dialogue.tools) if dialogue.tools else None,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -222,5 +224,9 @@ def _with_input(dialogue: Dialogue) -> Dialogue:
 
 def _messages(dialogue: Dialogue) -> list[dict[str, str]]:
     system = [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
-    turns = [{"role": _CHAT_ROLES[turn.role], "content": turn.text.removeprefix(" ")} for turn in dialogue.turns]
-    return system + turns
+    return system + [_message(turn) for turn in dialogue.turns]
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    thought = {"reasoning_content": turn.reasoning} if turn.reasoning else {}
+    return {"role": _CHAT_ROLES[turn.role], "content": turn.text.removeprefix(" "), **thought}
