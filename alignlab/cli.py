@@ -55,13 +55,21 @@ def _list(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab.arguments import Circumstances, trl_arguments
-    from alignlab.listing import show_arguments, show_recipe
+    from alignlab.listing import recipe_facts, show_arguments, show_recipe
     from alignlab.recipe import run_name
 
-    print(show_recipe(recipe))
+    arguments = {}
     for stage in ("sft", "dpo"):
         here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
-        print("\n" + show_arguments(stage, trl_arguments(recipe, stage, here), recipe))
+        arguments[stage] = trl_arguments(recipe, stage, here)
+    if args.json:
+        from alignlab.train import stops_of
+
+        print(json.dumps({**recipe_facts(recipe, arguments), "stops": stops_of(recipe)}, ensure_ascii=False))
+        return
+    print(show_recipe(recipe))
+    for stage, given in arguments.items():
+        print("\n" + show_arguments(stage, given, recipe))
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -72,12 +80,15 @@ def _data(args: argparse.Namespace) -> int:
     from alignlab.data import write_pairs
     from alignlab.doctor.examination import examine, write_examination
     from alignlab.doctor.page import render
+    from alignlab.format import Format
+    from alignlab.model import find_stops
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
-    examination = examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts])
+    stops = find_stops(recipe.model, Format(recipe.data.format, tokenizer)).said
+    examination = {**examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts]), "stops": stops}
     kept = write_examination(examination, Path("runs") / recipe.name)
     print(json.dumps(examination, ensure_ascii=False) if args.json else f"{render(examination)}\n\n{kept}")
     failed = failures(examination["findings"], limits)

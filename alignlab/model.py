@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +28,7 @@ from transformers import (
 from alignlab.disk import hash_file
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
+from alignlab.format import Format, Stops, own_template, training_template, with_settings
 from alignlab.recipe import ModelSection
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class Start:
 
 
 def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer with a pad token and, where the recipe names one, its chat template.
+    """The model's fast tokenizer with a pad token, and the chat template that is trained with.
 
     Raises ModelError without an EOS token, or where only a `tokenizer.model` is at hand: transformers then orders
     the merges of Llama's vocabulary wrongly.
@@ -59,9 +62,55 @@ def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrain
         raise ModelError(f"{name} has no tokenizer.json; save one there with the original fast tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if section.chat_template:
-        tokenizer.chat_template = section.chat_template
+    if template := _template(section, tokenizer):
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def _template(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to train with: the recipe's or the tokenizer's own, fit to be trained on, as it is set."""
+    brought = section.chat_template or own_template(tokenizer)
+    if brought is None:
+        return None
+    template = training_template(tokenizer, brought)
+    if template != brought:
+        say_once(f"{section.name}: its chat template cannot be trained on; TRL's training template takes its place")
+    return with_settings(template, section.chat_template_kwargs or {})
+
+
+@functools.cache  # once a process: a tokenizer is loaded again and again
+def say_once(line: str) -> None:
+    log.info("%s", line)
+
+
+def find_stops(section: ModelSection, form: Format, weights: str | None = None) -> Stops:
+    """Where replies of a recipe's models end: its format's end, the tokenizer's EOS, and what its models end with.
+
+    `weights` are those of a model whose base is no longer where `model.name` says.
+    """
+    names = [weights or section.name, *([section.start] if section.start else [])]
+    return form.stops(each for name in names for each in _eos_ids(section, name))
+
+
+def generation_config(stops: Stops, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Ends a reply as training did; without the base's own sampling settings, as the runs are measured."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    return GenerationConfig(eos_token_id=list(stops.ids) if len(stops.ids) > 1 else stops.ids[0], **ids)
+
+
+def _eos_ids(section: ModelSection, name: str) -> list[int]:
+    """At which ids `generate` ends a reply of this model: those of its generation_config.json, or else config.json."""
+    if name == "toy":  # ends with the EOS of its tokenizer
+        return []
+    try:
+        revision = section.revision if name == section.name else None
+        found = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+    except (OSError, ValueError):
+        try:
+            found = load_config(section, name).get_text_config().eos_token_id
+        except (ModelError, MachineError):  # an adapter has neither
+            return []
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedModel:

@@ -29,7 +29,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"alignlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _command(commands, "list", "the recipes, one line each", [], recipe=False)
-    _command(commands, "show", "the resolved recipe, and where each value came from", ["mistral dpo.beta=0.3"])
+    examples = ["mistral dpo.beta=0.3", "tiny --json"]
+    show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
+    show.add_argument("--json", action="store_true", help="print one JSON object")
     for add in (_data, _plan, _train, _sweep, _eval, _report, _compare, _export, _cache):
         add(commands)
     return parser

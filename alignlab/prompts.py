@@ -23,7 +23,7 @@ from typing import Any
 
 from alignlab.errors import AlignlabError, DataError
 from alignlab.files import Row, read_file
-from alignlab.format import Dialogue, Format
+from alignlab.format import MARK, Dialogue, Format
 from alignlab.transcript import ASSISTANT, Turn, join_turns, split_turns
 
 HARMFUL, BENIGN = "harmful", "benign"
@@ -32,7 +32,6 @@ LABELS = {
     **dict.fromkeys(("safe", "benign", "harmless", "good", "0", "false", "no"), BENIGN),
 }
 PLAIN = ("prompt", "question", "instruction", "text")
-MARK = "\x02{}\x03"  # characters that no template writes
 
 
 @dataclass(frozen=True, slots=True)

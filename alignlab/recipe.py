@@ -76,6 +76,7 @@ class ModelSection:
     start: str | None = None  # hub id or path of an SFT model or adapter, instead of the recipe's own SFT run
     reference: Literal["sft", "base"] = "sft"
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
+    chat_template_kwargs: Mapping[str, Any] | None = None  # values for its variables, such as enable_thinking: false
     attn_implementation: str | None = None  # chosen by what the machine has
     prefix_sharing: bool | Literal["auto"] = "auto"  # each pair's prompt computed once; auto: where known to win
     trust_remote_code: bool = False

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab import generate
 from alignlab.disk import append_line
 from alignlab.estimate import mean_estimate
+from alignlab.format import Stops
 from alignlab.generate import Reply, batches, reply_logits, sample_replies
 from alignlab.measures import kl_per_reply
 from alignlab.quality import distinct, repetition
@@ -35,7 +36,7 @@ class HeldOutPrompts:
     texts: list[str]
     ids: list[list[int]]
     max_new_tokens: int
-    stops: tuple[str, ...]  # texts that end a reply: the other side's turn, in the recipe's format
+    stops: Stops
     batch_size: int  # part of what fixes the replies, since each batch has its own seed
     seed: int
 
@@ -158,7 +159,8 @@ class Samples:
     def _drawing(self, number: int, prompts: list[list[int]]) -> dict[str, Any]:
         """What decides a batch of replies besides the model; rounding may decide a token, so threads are among it."""
         on_cpu = [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
-        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": self._how(number)}
+        how = self._how(number) | {"stops": asdict(self.prompts.stops)}
+        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": how}
         facts |= {"tokenizer": self._tokenizer_facts, "code": _code(), "on_cpu": on_cpu}
         return json.loads(json.dumps(facts))
 

@@ -27,8 +27,10 @@ from alignlab import model as models
 from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
-from alignlab.errors import RunError
+from alignlab.data.pairing import CUT
+from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
+from alignlab.format import FIXED_DAY, Format
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
@@ -207,8 +209,38 @@ def with_weights(recipe: Recipe) -> Recipe:
 
 def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
     """The recipe's tokenizer and its pairs as the model will see them, without a run."""
-    tokenizer = models.load_tokenizer(with_weights(recipe).model)
-    return tokenizer, prepare(recipe.data, tokenizer)
+    section = with_weights(recipe).model
+    tokenizer = models.load_tokenizer(section)
+    pairs = prepare(recipe.data, tokenizer)
+    _say_how_it_is_written(section.name, Format(recipe.data.format, tokenizer), pairs.repaired.get(CUT, 0))
+    return tokenizer, pairs
+
+
+def stops_of(recipe: Recipe) -> list[str] | None:
+    """What ends a reply under this recipe; none, and a line that says why, where its tokenizer cannot be loaded."""
+    try:
+        section = recipe.model
+        tokenizer = pretrain.tokenizer(recipe.data.toy) if section.name == "toy" else models.load_tokenizer(section)
+        return models.find_stops(section, Format(recipe.data.format, tokenizer)).said
+    except AlignlabError as error:
+        log.warning("stops are not known: %s", error)
+        return None
+
+
+def _say_how_it_is_written(model: str, form: Format, cut: int) -> None:
+    """What the way of writing dialogues does to a run, a line each, where a reader would not expect it."""
+    if form.name != "chat" and form.chat_template:
+        models.say_once(
+            f"{model} brings a chat template, and data.format={form.name} writes dialogues in another way; "
+            f"an instruct model keeps its own with data.format=chat"
+        )
+    if form.writes_date:
+        day = f"{FIXED_DAY:%d %b %Y}"
+        models.say_once(f"the chat template writes the day's date: here it is always {day}, so that runs agree")
+    if not form.learns_end:
+        models.say_once(f"the chat template writes nothing behind a reply: what is learned as its end is {form.eos}")
+    if cut:
+        models.say_once(f"{cut} replies are cut at data.max_reply_tokens, so that their end is not learned")
 
 
 def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
@@ -239,7 +271,11 @@ def _resume_point(run: Run) -> Path | None:
 
 def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
     interrupt = _add_callbacks(trainer, recipe, run)
-    prompts = held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
+    form = Format(recipe.data.format, trainer.processing_class)
+    stops = models.find_stops(recipe.model, form)
+    run.note(stops=stops.said)
+    log.info("a reply ends at %s", " or ".join(map(repr, stops.said)))
+    prompts = held_out_prompts(recipe, pairs.validation, "validation", stops, trainer.args.seed)
     trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer), trainer.identity)
     _say_what_is_repeated(trainer, len(pairs.validation))
     began = time.monotonic()
@@ -381,6 +417,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.save_pretrained(beside, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
     trainer.processing_class.save_pretrained(beside)
+    models.generation_config(trainer.samples.prompts.stops, trainer.processing_class).save_pretrained(beside)
     shutil.rmtree(run.model, ignore_errors=True)
     beside.rename(run.model)
     run.note(

@@ -25,6 +25,11 @@ class Turn(NamedTuple):
 
     role: str
     text: str
+    reasoning: str | None = None  # what an assistant thought before; only chat templates can write it
+
+    def __repr__(self) -> str:
+        thought = "" if self.reasoning is None else f", reasoning={self.reasoning!r}"
+        return f"Turn(role={self.role!r}, text={self.text!r}{thought})"
 
 
 @dataclass(frozen=True, slots=True)

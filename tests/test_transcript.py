@@ -19,7 +19,7 @@ pieces = st.sampled_from(
 )
 hostile = st.lists(pieces | st.text(max_size=4), max_size=8).map("".join)
 texts = hostile.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
-turns = st.lists(st.builds(Turn, st.sampled_from(["Human", "Assistant"]), texts), min_size=1, max_size=6)
+turns = st.lists(st.builds(Turn, st.sampled_from(["Human", "Assistant"]), texts, st.none()), min_size=1, max_size=6)
 
 
 @given(turns)

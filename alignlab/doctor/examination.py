@@ -6,12 +6,13 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
+from alignlab.data.splits import SPLITS
 from alignlab.disk import write_text
 from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
@@ -45,18 +46,31 @@ def examine(
     began = time.perf_counter()
     asked = {file.name: texts_of(file) for file in prompt_files}
     form = Format(recipe.data.format, tokenizer)
-    shortcuts = find_shortcuts(prepared)
-    found = [*_findings(prepared, form, asked), *shortcuts.findings]
+    bare = before_template(prepared, form)
+    shortcuts = find_shortcuts(bare)
+    found = [*_findings(bare, form, asked), *shortcuts.findings]
     found.sort(key=lambda one: (LEVELS.index(one.level), not one.count))
     description = describe(prepared, recipe.data, tokenizer)
     log.info("data: %d things looked for, in %.1f s", len(found), time.perf_counter() - began)
     return {
         **description,
-        "findings": [_as_json(finding, prepared) for finding in found],
+        "findings": [_as_json(finding, bare) for finding in found],
         "features": [*shortcuts.features],
         "shortcuts": {"model": asdict(shortcuts.model), "longest": asdict(shortcuts.longest)},
         "costs": costs(_rows(prepared, recipe, tokenizer, description), recipe, root),
     }
+
+
+def before_template(prepared: Prepared, form: Format) -> Prepared:
+    """The pairs with their replies as they were before a chat template wrote its markers around them."""
+    if form.name != "chat":
+        return prepared
+
+    def bare(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        replies = {name: [form.bare(text) for text in batch[name]] for name in ("chosen", "rejected") if name in batch}
+        return {**batch, **replies}
+
+    return replace(prepared, **{split: getattr(prepared, split).with_transform(bare) for split in SPLITS})
 
 
 def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:

@@ -92,10 +92,10 @@ class Evaluation:
         self.wishes, self.recipe = wishes, lineup.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
         self.tokenizer, pairs = prepare_data(self.recipe)
-        self.form = Format(self.recipe.data.format, self.tokenizer, self.recipe.model.chat_template)
+        self.form = Format(self.recipe.data.format, self.tokenizer)
         self.pairs, self.files = self._drawn(pairs.test, wishes.limit), pairs.files
         self.bench = Bench()
-        self.answers = Answers(self.bench, self.tokenizer)
+        self.answers = Answers(self.bench, self.form)
         self.decoding = self._decoding()
         self.judge = self._judge()
         self.verdicts: list[dict[str, Any]] = []
@@ -129,6 +129,7 @@ class Evaluation:
             "prompts": len(self.held_out.prompts),
             "limit": self.wishes.limit,
             "decoding": self.decoding.said(),
+            "stops": models.find_stops(self.recipe.model, self.form).said,
             "judge": self.wishes.judge or (":".join(self.judge).rstrip(":") if self.judge else None),
             "table": rows,
             "win_rates": judged["win_rates"] if judged else [],

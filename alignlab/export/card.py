@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignlab import files
 from alignlab.estimate import is_number
+from alignlab.format import Stops
 from alignlab.recipe import Recipe, sections_of, write_yaml
 from alignlab.report.reading import read_run, sweep_facts
 from alignlab.report.replies import harmless
@@ -76,8 +77,7 @@ class Made:
     difference: Mapping[str, Any]
     notes: Sequence[str]
     prompt: str  # QUESTION as the model sees it
-    eos: str
-    stops: Sequence[str]
+    stops: Stops
     has_template: bool
 
 
@@ -94,7 +94,8 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         loader="AutoPeftModelForCausalLM" if made.form == "adapter" else "AutoModelForCausalLM",
         max_new_tokens=recipe.data.max_reply_tokens,
         prompt_literal=repr(made.prompt),
-        stop_literals=", ".join(f"`{stop!r}`" for stop in made.stops),
+        ends=" or ".join(f"`{token}`" for token in made.stops.tokens),
+        stop_literals=", ".join(f"`{text!r}`" for text in made.stops.texts),
         rank=_rank(recipe),
         results=list(_results(facts)),
         reference=facts["reference"] or facts["reference_name"],
