@@ -275,7 +275,7 @@ def _read(key: Key, item: Written) -> Any:
         return item.value
     value = _settings()[key].read(item.value)
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
-    if limit and isinstance(value, (int, float)) and not limit[0](value):
+    if limit and value is not None and not limit[0](value):
         raise ValueError(f"expected {limit[1]}")
     return _template_text(value, item.folder) if key == _TEMPLATE and value else value
 
