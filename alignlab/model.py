@@ -76,9 +76,10 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     dtype = compute_dtype(section) if section.lora is not None else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
     attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
+    kernels = {"use_kernels": True} if section.use_kernels else {}
     with _loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=_placement(), **attention, **quantized, **_where(section, name)
+            name, dtype=dtype, device_map=_placement(), **attention, **kernels, **quantized, **_where(section, name)
         )
 
 
@@ -350,7 +351,7 @@ def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
         )
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
         return error
-    if Path(name).is_dir():
+    if Path(name).is_dir() or not isinstance(error, OSError):  # the hub and the network fail as OSError
         return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return ModelError(f"the hub has no model {name}, or hides it; check the name, or log in with `hf auth login`")

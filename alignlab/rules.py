@@ -76,7 +76,7 @@ INSTEAD: dict[str, str] = {
     **dict.fromkeys(("torch_dtype", "dtype"), "write model.dtype"),
     "evaluation_strategy": "evaluation goes by steps; write eval_steps",
     "rpo_alpha": "TRL removed it; write loss_type: [sigmoid, sft] and loss_weights: [1.0, <alpha>]",
-    "use_liger_loss": "TRL removed it; write use_liger_kernel",
+    "use_liger_loss": "TRL removed it: its loss needs no logits in memory; for kernels write model.use_kernels: true",
     **dict.fromkeys(("model_adapter_name", "force_use_ref_model"), _STARTING),
     **dict.fromkeys(("ref_adapter_name", "ref_model_init_kwargs"), "write model.reference"),
     "reference_free": "TRL removed it; every DPO run has a reference, see model.reference",

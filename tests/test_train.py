@@ -96,7 +96,7 @@ def test_another_sft_model_than_the_one_recorded_is_refused(recipe, tmp_path):
 def test_a_policy_that_is_not_the_sft_model_is_refused_against_the_base_too(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
     sft.note(probe=[nats * 1.1 for nats in sft.manifest["probe"]])
-    with pytest.raises(ModelError, match="the policy gives replies .* where the SFT run gave .* train SFT again"):
+    with pytest.raises(ModelError, match=r"the policy gives replies .* where the SFT run gave .* train SFT again"):
         train_dpo(recipe("llama", "model.reference=base"), root=tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_the_base_in_place_of_an_sft_model_that_is_near_to_it_is_refused(recipe,
                 weight.data.zero_()
 
     monkeypatch.setattr(models, "settle_adapters", lose_the_copy)
-    with pytest.raises(ModelError, match="the reference gives replies .* it is not that model"):
+    with pytest.raises(ModelError, match=r"the reference gives replies .* it is not that model"):
         train_dpo(near, root=tmp_path)
 
 
