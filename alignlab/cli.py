@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
     _configure_logging()
     args = read_arguments(argv)
+    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+        _import_transformers_unheard()
     try:
         return CALLS[args.command](args) or 0
     except KeyboardInterrupt as e:
@@ -277,6 +281,12 @@ def _is_full_disk(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _import_transformers_unheard() -> None:
+    """transformers 5.23 prints a line on its import where wandb is offline, which would stand before the JSON."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import transformers.integrations.integration_utils  # noqa: F401
 
 
 def _configure_logging() -> None:

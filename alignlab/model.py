@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
 from alignlab.format import Format, Stops, own_template, training_template, with_settings
 from alignlab.recipe import ModelSection
+from alignlab.rules import LIMITS, whole_modules_conflict
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +125,10 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     dtype = compute_dtype(section) if section.lora is not None else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
     attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
+    kernels = {"use_kernels": True} if section.use_kernels else {}
     with _loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=_placement(), **attention, **quantized, **_where(section, name)
+            name, dtype=dtype, device_map=_placement(), **attention, **kernels, **quantized, **_where(section, name)
         )
 
 
@@ -199,12 +202,12 @@ def _refuse_unknown_targets(weights: PreTrainedModel, section: ModelSection) -> 
 def _refuse_adapted_head(model: PeftModel) -> None:
     """TRL 1.16 computes log-probabilities from the output layer's own weight, so that an adapter on it never counts."""
     head = model.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
+    if isinstance(head, (BaseTunerLayer, TrainableTokensWrapper)):
         name = next(name for name, module in model.get_base_model().named_modules() if module is head)
-        raise ModelError(
-            f"LoRA is on the output layer {name}, where TRL does not train it; "
-            f"leave {name} out of model.lora.target_modules, or write all-linear, which is without it"
-        )
+        remedy = f"leave {name} out of model.lora.target_modules, or write all-linear, which is without it"
+        if isinstance(head, TrainableTokensWrapper):
+            remedy = "it shares the embeddings' weights, so leave model.lora.trainable_token_indices out"
+        raise ModelError(f"LoRA is on the output layer {name}, where TRL does not train it; {remedy}")
 
 
 def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> None:
@@ -243,13 +246,27 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     policy = load_weights(section, start.weights)
     if start.adapter:
         with _loading("adapter", start.adapter, section):
+            own = PeftConfig.from_pretrained(start.adapter)
+            _refuse_unfaithful(own, section, start.adapter)
             policy = PeftModel.from_pretrained(policy, start.adapter, is_trainable=True)
         _refuse_adapted_head(policy)
-        _say_what_the_adapter_decides(policy.peft_config["default"], section, start.adapter)
+        _say_what_the_adapter_decides(own, section, start.adapter)
         return policy, None
     if section.lora is not None:
         return add_adapter(policy, section), None
     return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
+
+
+def _refuse_unfaithful(own: PeftConfig, section: ModelSection, adapter: str) -> None:
+    """What a recipe may not ask of an adapter, one that comes from elsewhere may not have."""
+    for key, value in own.to_dict().items():
+        fits, expected = LIMITS.get(f"model.lora.{key}", (None, ""))
+        if fits and value is not None and not fits(value):
+            raise ModelError(
+                f"{key} of the adapter {adapter} is {value!r}; expected {expected}; merge it and start there"
+            )
+    if own.modules_to_save and (fault := whole_modules_conflict(own.modules_to_save, section.dtype)):
+        raise ModelError(f"the adapter {adapter}: {fault}")
 
 
 def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapter: str) -> None:
@@ -258,19 +275,19 @@ def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapte
             log.warning("model.lora.%s=%s has no effect: %s has %s", key, section.lora[key], adapter, getattr(own, key))
 
 
-def settle_adapters(model: PeftModel, section: ModelSection) -> None:
-    """Undoes DPOTrainer's cast of 4-bit adapters to bfloat16, exactly, and drops the copy where the base is wanted.
+def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None = None) -> None:
+    """Gives policy and reference the weights of `adapter` bit for bit, in float32; no copy where the base is wanted.
 
-    A bfloat16 adapter is not moved by DPO's small learning rates. Cloning from the copy, which stays float32, keeps
-    every bit of the SFT adapter, where casting back would keep the rounding (TRL 1.16).
+    A bfloat16 adapter, to which DPOTrainer casts those on 4-bit weights, is not moved by DPO's small learning rates.
+    Its copy for the reference leaves out adapters of embeddings and trained tokens (TRL 1.16).
     """
-    for name, weight in model.named_parameters():
-        if ".default." not in name or not weight.requires_grad:
-            continue
-        copy = name.replace(".default.", ".ref.")
-        weight.data = model.get_parameter(copy).data.clone() if "ref" in model.peft_config else weight.data.float()
     if section.reference == "base" and "ref" in model.peft_config:
         model.delete_adapter("ref")
+    for name, weight in model.named_parameters():
+        if not {"default", "ref"}.isdisjoint(name.split(".")):
+            weight.data = weight.data.float()
+    for name in model.peft_config if adapter else ():
+        model.load_adapter(adapter, name, is_trainable=name == "default")
 
 
 def load_adapters(model: PeftModel, checkpoint: Path) -> None:
@@ -383,7 +400,7 @@ def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
         )
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
         return error
-    if Path(name).is_dir():
+    if Path(name).is_dir() or not isinstance(error, OSError):  # the hub and the network fail as OSError
         return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return ModelError(f"the hub has no model {name}, or hides it; check the name, or log in with `hf auth login`")

@@ -78,6 +78,7 @@ class ModelSection:
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
     chat_template_kwargs: Mapping[str, Any] | None = None  # values for its variables, such as enable_thinking: false
     attn_implementation: str | None = None  # chosen by what the machine has
+    use_kernels: bool | None = None  # the hub's kernels in place of the model's own layers (library: kernels)
     prefix_sharing: bool | Literal["auto"] = "auto"  # each pair's prompt computed once; auto: where known to win
     trust_remote_code: bool = False
 
@@ -277,7 +278,7 @@ def _read(key: Key, item: Written) -> Any:
         return item.value
     value = _settings()[key].read(item.value)
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
-    if limit and isinstance(value, (int, float)) and not limit[0](value):
+    if limit and value is not None and not limit[0](value):
         raise ValueError(f"expected {limit[1]}")
     return _template_text(value, item.folder) if key == _TEMPLATE and value else value
 

@@ -79,6 +79,7 @@ def identify_reference(
         "ld_alpha": ld_alpha,
         "attention": section.attn_implementation or models.best_attention(dtype),
         "prefix_sharing": prefix_sharing,
+        **({"kernels": importlib.metadata.version("kernels")} if section.use_kernels else {}),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32_matmul": torch.get_float32_matmul_precision(),
         "versions": _versions(adapter is not None, section.load_in_4bit),

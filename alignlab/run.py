@@ -148,6 +148,7 @@ class Manifest:
     steps: int | None = None
     world_size: int | None = None
     probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
+    base_probe: Sequence[float] = ()  # the same replies' before SFT
     test: Figures | None = None
 
 

@@ -65,10 +65,10 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         trainer = AlignSFTTrainer(policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
         if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section))
+        run.note(base=models.identify(section), base_probe=trainer.probe(trainer.model, pairs.validation))
         _train(trainer, recipe, run, pairs, checkpoint)
         scores = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
-        probe = heldout.probe(trainer.model, pairs.validation, tokenizer.pad_token_id)
+        probe = trainer.probe(trainer.model, pairs.validation)
         _finish(trainer, run, probe=probe, test={"perplexity": heldout.reply_perplexity(scores), "n": len(pairs.test)})
     return run
 
@@ -132,7 +132,7 @@ def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, her
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
     trainer = AlignDPOTrainer(policy, reference, args, **rows, processing_class=tokenizer)
     if isinstance(policy, PeftModel):
-        models.settle_adapters(policy, section)
+        models.settle_adapters(policy, section, start.adapter)
     return trainer
 
 
@@ -393,19 +393,30 @@ def _refuse_other_parent(run: Run, parent: Parent) -> None:
 
 
 def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:
-    """The step-0 checks: the reference is the SFT model, and the policy starts where the reference is."""
-    pad = trainer.processing_class.pad_token_id
+    """The step-0 checks: policy and reference are the models that the recipe means, for TRL's loss too."""
     section = recipe.model
-    if section.reference == "sft":
-        if sft:
-            with trainer.as_reference() as reference:
-                found = heldout.probe(reference, pairs.validation, pad)
-            exact = section.dtype == "float32" and not section.load_in_4bit
-            monitor.check_reference(found, sft.manifest.probe, exact)
-        for pair in pairs.train.select(range(min(4, len(pairs.train)))):
-            first = trainer.score_one(pair)
-            rewards = first["rewards/chosen"], first["rewards/rejected"]
-            monitor.check_start(first["loss"], *rewards, plain_sigmoid=trainer.loss_types == ["sigmoid"])
+    exact = section.dtype == "float32" and not section.load_in_4bit
+    policy = trainer.probe(trainer.model, pairs.validation)
+    with trainer.as_reference() as model:
+        reference = trainer.probe(model, pairs.validation)
+    if sft:
+        tuned, base = sft.manifest.probe, sft.manifest.base_probe
+        monitor.check_probe("policy", policy, "SFT run", tuned, base, exact)
+        if section.reference == "sft":
+            monitor.check_probe("reference", reference, "SFT run", tuned, base, exact)
+        elif base:
+            monitor.check_probe("reference", reference, "base model", base, tuned, exact)
+    if section.reference == "base":
+        return
+    monitor.check_probe("reference", reference, "policy", policy, None, exact)
+    for pair in pairs.train.select(range(min(4, len(pairs.train)))):
+        first = trainer.score_one(pair)
+        logps = [first[f"logps/{side}"] for side in ("chosen", "rejected")]
+        rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
+        apart = [nats - reward / trainer.beta for nats, reward in zip(logps, rewards, strict=True)]
+        monitor.check_probe("reference in TRL's loss", apart, "policy", logps, None, exact)
+        if trainer.starts_at_ln_2:
+            monitor.check_loss(first["loss"])
 
 
 def _finish(trainer, run: Run, **facts: Any) -> None:

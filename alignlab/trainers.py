@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
@@ -93,6 +93,11 @@ class _Seams:
     def _errors(self) -> dict[str, float]:
         """Standard errors of held-out means, where they follow from the means alone."""
         return {}
+
+    def probe(self, model: PreTrainedModel, pairs: Dataset) -> list[float]:
+        """What `heldout.probe` gives, in the precision of training: before it begins too, and of the reference."""
+        with self.accelerator.autocast():
+            return heldout.probe(model, pairs, self.processing_class.pad_token_id)
 
     def _total(self, count: torch.Tensor) -> int:
         return self.accelerator.gather(count).sum().item()
@@ -243,12 +248,19 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         policy = self._unwrapped()
         if self.ref_model is not None:
             policy.load_state_dict(self.accelerator.unwrap_model(self.ref_model).state_dict())
-            return
-        for name, weight in policy.named_parameters():
-            if ".default." in name and "ref" in policy.peft_config:
-                weight.copy_(policy.get_parameter(name.replace(".default.", ".ref.")))
-            elif ".lora_B.default." in name:  # the reference is the model without its adapter
-                weight.zero_()
+        elif "ref" in policy.peft_config:
+            set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="ref"))
+        else:  # the reference is the model without its adapter, as which a fresh one answers
+            config = policy.peft_config["default"]
+            policy.delete_adapter("default")
+            policy.add_adapter("default", config)
+            policy.set_adapter("default")
+
+    @property
+    def starts_at_ln_2(self) -> bool:
+        """Whether the loss is ln 2 where policy and reference are the same: a sigmoid loss and nothing else."""
+        plain = self.loss_types == ["sigmoid"] and self.loss_weights == [1.0]
+        return plain and not self.use_weighting and not self.aux_loss_enabled
 
     @torch.no_grad()
     def score_one(self, pair: Mapping[str, Any]) -> dict[str, float]:

@@ -17,8 +17,8 @@ from alignlab.monitor import (
     MetricsFile,
     WeightsMove,
     WholeCheckpoints,
-    check_reference,
-    check_start,
+    check_loss,
+    check_probe,
     peak_memory,
     start_peak_memory,
     wandb_run,
@@ -118,35 +118,36 @@ def test_a_model_without_trainable_weights_is_refused(load, args):
         WeightsMove().on_train_begin(args, None, None, model=model)
 
 
-@pytest.mark.parametrize(("loss", "rewards"), [(LN2, (0.0, 0.0)), (LN2 + 0.009, (0.009, -0.009))])
-def test_policy_and_reference_that_agree_may_start(loss, rewards):
-    check_start(loss, *rewards, plain_sigmoid=True)
+@pytest.mark.parametrize(("found", "exact"), [(-100.1, True), (-101.1, False), (-100.0, True)])
+def test_a_model_that_gives_what_it_should_may_start(found, exact):
+    """SFT has changed the two replies by 10 nats together: a hundredth of them is allowed in float32, a tenth else."""
+    check_probe("policy", [-50.0, found], "SFT run", [-50.0, -100.0], [-55.0, -105.0], exact)
 
 
-@pytest.mark.parametrize("rewards", [(0.02, 0.0), (0.0, -0.02), (math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
-def test_rewards_before_the_first_step_are_refused(rewards):
-    with pytest.raises(ModelError, match=r"before the first step the rewards are .*, not 0"):
-        check_start(LN2, *rewards, plain_sigmoid=True)
+@pytest.mark.parametrize(("found", "exact"), [(-100.2, True), (-101.5, False), (-98.5, False), (math.nan, True)])
+def test_a_model_that_gives_something_else_may_not(found, exact):
+    with pytest.raises(ModelError, match=r"where the SFT run gave -50\.00/-100\.00: it is not that model"):
+        check_probe("reference", [-50.0, found], "SFT run", [-50.0, -100.0], [-55.0, -105.0], exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_base_is_not_taken_for_an_sft_model_that_differs_by_little(exact):
+    """One nat of 300: less than the half per cent that a fixed tolerance would have to allow in half precision."""
+    with pytest.raises(ModelError, match="it is not that model"):
+        check_probe("reference", [-301.0], "SFT run", [-300.0], [-301.0], exact)
+
+
+def test_policy_and_reference_may_differ_by_rounding_only():
+    check_probe("reference", [-100.1], "policy", [-100.0], None, False)
+    with pytest.raises(ModelError, match=r"gives replies -100\.10 nats, where the policy gave -100\.00"):
+        check_probe("reference", [-100.1], "policy", [-100.0], None, True)
 
 
 @pytest.mark.parametrize("loss", [0.72, 0.0, math.nan])
 def test_a_sigmoid_loss_other_than_ln_2_is_refused(loss):
+    check_loss(LN2 + 0.009)
     with pytest.raises(ModelError, match=r"not ln 2 = 0\.6931"):
-        check_start(loss, 0.0, 0.0, plain_sigmoid=True)
-    if not math.isnan(loss):
-        check_start(loss, 0.0, 0.0, plain_sigmoid=False)
-
-
-@pytest.mark.parametrize(("found", "exact"), [(-100.1, True), (-101.9, False), (-100.0, True)])
-def test_a_reference_with_the_sft_runs_log_probabilities_passes(found, exact):
-    """Allowed around −100 nats: 0.1 + 0.05 exactly, 2 + 0.05 in half precision."""
-    check_reference([-50.0, found], [-50.0, -100.0], exact)
-
-
-@pytest.mark.parametrize(("found", "exact"), [(-100.2, True), (-110.0, False), (-90.0, False), (math.nan, True)])
-def test_a_reference_with_other_log_probabilities_is_refused(found, exact):
-    with pytest.raises(ModelError, match=r"nats where the SFT run gave -100\.00: it is not the SFT model"):
-        check_reference([-50.0, found], [-50.0, -100.0], exact)
+        check_loss(loss)
 
 
 # --- wandb ---

@@ -50,6 +50,20 @@ def test_qlora_trains_evaluates_and_resumes(name, recipe, tmp_path):
     assert last_evaluation(again)["eval/rewards/margins"] == metrics["eval/rewards/margins"]
 
 
+@pytest.mark.parametrize("lora", ["target_modules=[q_proj,embed_tokens]", "trainable_token_indices=[5,6]"])
+def test_adapters_that_trl_does_not_copy_start_as_the_sft_model_and_resume(lora, recipe, tmp_path):
+    """TRL copies adapters by a part of their names, which those of embeddings and of trained tokens have not."""
+    given = recipe("llama", f"model.lora.{lora}")
+    run = train_dpo(given, root=tmp_path)
+    first, metrics = run.metrics()[0], last_evaluation(run)
+    assert abs(first["eval/rewards/margins"]) < 1e-6 and first["eval/kl"] == 0
+    weights = weights_of(run)
+    go_back_to_step(3, run)
+    again = train_dpo(given, root=tmp_path)
+    assert weights_of(again) == weights
+    assert last_evaluation(again)["eval/rewards/margins"] == metrics["eval/rewards/margins"]
+
+
 def go_back_to_step(step: int, run: Run) -> None:
     """Puts a finished run where a kill would have left it."""
     for checkpoint in run.checkpoints.iterdir():
@@ -75,8 +89,41 @@ def test_reference_is_the_sft_adapter(recipe, tmp_path):
 def test_another_sft_model_than_the_one_recorded_is_refused(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
     sft.note(probe=[nats * 1.1 for nats in sft.manifest.probe])
-    with pytest.raises(ModelError, match="is not the SFT model"):
+    with pytest.raises(ModelError, match="it is not that model; train SFT again"):
         train_dpo(recipe(), root=tmp_path)
+
+
+def test_a_policy_that_is_not_the_sft_model_is_refused_against_the_base_too(recipe, tmp_path):
+    sft = train_sft(recipe(), root=tmp_path)
+    sft.note(probe=[nats * 1.1 for nats in sft.manifest.probe])
+    with pytest.raises(ModelError, match=r"the policy gives replies .* where the SFT run gave .* train SFT again"):
+        train_dpo(recipe("llama", "model.reference=base"), root=tmp_path)
+
+
+def test_the_base_in_place_of_an_sft_model_that_is_near_to_it_is_refused(recipe, tmp_path, monkeypatch):
+    """Two steps at a small rate change a reply by a thousandth; the copy of the adapter is lost on purpose."""
+    near = recipe("llama", "sft.learning_rate=1e-3", "sft.max_steps=2", "sft.eval_steps=1")
+    sft = train_sft(near, root=tmp_path)
+    changed = sum(abs(a - b) for a, b in zip(sft.manifest.probe, sft.manifest.base_probe, strict=True))
+    assert 0 < changed < 0.005 * abs(sum(sft.manifest.probe))
+    settle = models.settle_adapters
+
+    def lose_the_copy(model, section, adapter=None):
+        settle(model, section, adapter)
+        for name, weight in model.named_parameters():
+            if ".lora_B.ref." in name:
+                weight.data.zero_()
+
+    monkeypatch.setattr(models, "settle_adapters", lose_the_copy)
+    with pytest.raises(ModelError, match=r"the reference gives replies .* it is not that model"):
+        train_dpo(near, root=tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["use_weighting=true", "loss_weights=[0.5]", "f_divergence_type=js_divergence"])
+def test_other_losses_than_the_plain_one_are_not_taken_for_a_wrong_reference(setting, recipe, tmp_path):
+    """Weighted by WPO or by a single weight, the loss of equal models is not ln 2; their rewards are 0 all the same."""
+    run = train_dpo(recipe("llama", f"dpo.{setting}", "dpo.max_steps=1", "dpo.eval_steps=1"), root=tmp_path)
+    assert run.is_finished and abs(run.metrics()[0]["eval/rewards/margins"]) < 1e-6
 
 
 def test_reference_base_is_the_bare_base(recipe, tmp_path):
@@ -122,10 +169,14 @@ def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(run.model).dtype == torch.float32
 
 
-@pytest.mark.parametrize("how", ["model.lora.r=4", "model.lora=null", "model.reference=base"])
+KINDS = ["model.lora.r=4", "model.lora=null", "model.lora.target_modules=[q_proj,embed_tokens]"]
+AGAINST_BASE = ["model.reference=base", "model.lora.use_dora=true model.reference=base"]
+
+
+@pytest.mark.parametrize("how", [*KINDS, *AGAINST_BASE])
 def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, recipe, tmp_path):
     """A KL limit that the first step passes: the run ends at its first evaluation, with what it is compared with."""
-    run = train_dpo(recipe("llama", how, "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
+    run = train_dpo(recipe("llama", *how.split(), "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
     manifest = run.manifest
     assert manifest.status == "finished" and (manifest.steps, manifest.best_step) == (3, 0)
     assert manifest.stop_reason.startswith("stopped at step 3: the policy is")
@@ -133,7 +184,7 @@ def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, rec
     (warning,) = [w for w in manifest.warnings if w.guard == "kl"]
     assert warning.step == 3 and "dpo.beta" in warning.message
     assert manifest.test.kl == 0 and manifest.test.margin.mean == pytest.approx(0, abs=1e-5)
-    if how != "model.reference=base":
+    if how not in AGAINST_BASE:
         assert weights_of(run) == weights_of(Run(Path(manifest.parent.run)))
 
 
