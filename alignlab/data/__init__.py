@@ -100,16 +100,18 @@ def prepare_replies(
 ) -> Prepared:
     """What SFT learns: the replies of `data.sft`, or the pairs as they are, whose chosen replies it learns then.
 
-    The columns are `prompt`, `chosen`, `prompt_ids`, `chosen_ids`. Dialogues that the pairs hold for validation or test
-    are left out: what is measured there must be new to SFT as well. Nothing is kept apart for a test of their own.
+    The columns are `prompt`, `chosen`, `prompt_ids`, `chosen_ids`. What the pairs hold out must be new to SFT as well:
+    dialogues that they test on are left out, those that they validate on are for validation here too. Nothing is kept
+    apart for a test of their own.
     """
     if not section.sft.path:
         return pairs
     sft = section.sft
-    other = replace(section, source=sft.source, path=sft.path, subset=sft.subset, split=sft.split, test_share=0.0)
+    own = {"source": sft.source, "path": sft.path, "subset": sft.subset, "split": sft.split}
+    other = replace(section, **own, test_split=None, test_share=0.0)
     form = Format(section.format, tokenizer, chat_template)
     held_out = {split: pairs.dialogues[split] for split in ("validation", "test")}
-    parts = understand_parts(find_parts(other), sft.source, key="data.sft.source")
+    parts = understand_parts(find_parts(other, "data.sft"), sft.source, key="data.sft.source")
     return _prepared(Job(other, form, parts, held_out, wanted=("train", "validation"), has_pairs=False))
 
 

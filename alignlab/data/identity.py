@@ -33,7 +33,7 @@ def identify(section: DataSection, form: Format, parts: Sequence[Part], more: An
     settings = {name: value for name, value in asdict(section).items() if name not in ELSEWHERE}
     is_toy = any(part.source == "toy" for part in parts)
     return {
-        "rows": [[part.split, sorted(part.brought), part.source, part.digest()] for part in parts],
+        "rows": [_identify_part(part) for part in parts],
         "settings": settings | ({"toy": asdict(section.toy)} if is_toy else {}),
         "tokenizer": [type(form.tokenizer).__name__, xxhash.xxh3_128_hexdigest(tokens.encode()), form.eos],
         "bos": form.tokenizer.bos_token,
@@ -42,6 +42,10 @@ def identify(section: DataSection, form: Format, parts: Sequence[Part], more: An
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _code(),
     }
+
+
+def _identify_part(part: Part) -> list[Any]:
+    return [part.split, sorted(part.brought), sorted(part.row_splits.items()), part.source, part.digest()]
 
 
 @cache

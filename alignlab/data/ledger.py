@@ -38,6 +38,7 @@ PAIR_COLUMNS = {
 CONFIDENCE = {"confidence": "number"}  # a column beside them, where a source has it
 ORIGIN = {"file": "count", "line": "count"}  # columns of every pair: the number of its file, and the line there
 KEY_BYTES = 8  # of a dialogue
+OF_THE_PAIRS = {split: f"dialogue also in the {split} split of the pairs" for split in SPLITS}  # a reason
 
 
 class Ledger:
@@ -50,7 +51,7 @@ class Ledger:
         parts: Sequence[Part],
         apart_from: Mapping[str, frozenset[bytes]],
     ):
-        """Dialogues of `apart_from` (of other data, by split) are dropped."""
+        """Dialogues of `apart_from` (of other data, by split) stand in no other split here."""
         self.folder, self.columns, self.parts, self.apart_from = folder, columns, parts, apart_from
         self.rows = self.pairs = 0
         self.kept, self.dropped, self.repaired = Counter(), Counter(), Counter()
@@ -101,10 +102,12 @@ class Ledger:
 
     def _refusal(self, pair: Pair, most_of_a_prompt: int | None) -> str | None:
         for split in SPLITS:
-            if split != pair.split and pair.key in self.dialogues[split]:
+            if split == pair.split:
+                continue
+            if pair.key in self.dialogues[split]:
                 return f"dialogue also in the {split} split"
             if pair.key in self.apart_from.get(split, ()):
-                return f"dialogue also in the {split} split of the pairs"
+                return OF_THE_PAIRS[split]
         if most_of_a_prompt is not None:
             prompt = xxhash.xxh3_128_digest(pair.prompt.encode())
             if self._of_prompt[prompt] >= most_of_a_prompt:

@@ -17,7 +17,7 @@ from alignlab.format import Format
 from alignlab.recipe import DataSection
 from alignlab.transcript import Turn, check_replies, dialogue_key, shorten
 
-LONG_REPLY = "reply too long"  # a reason for leaving a pair out
+LONG_PROMPT, LONG_REPLY = "prompt too long", "reply too long"  # reasons for leaving a pair out
 SHORTENED, CUT, FOLDED = "prompt shortened by whole turns", "reply cut", "system turn put into the first Human turn"
 
 
@@ -28,7 +28,7 @@ class Job:
     section: DataSection
     form: Format
     parts: Sequence[Part]
-    apart_from: Mapping[str, frozenset[bytes]]  # dialogues of other data, by split, that must not come in
+    apart_from: Mapping[str, frozenset[bytes]]  # dialogues that other data holds out, by split
     wanted: Sequence[str] = SPLITS  # the splits that must not come out empty
     has_pairs: bool = True  # or replies to learn
 
@@ -43,7 +43,6 @@ class Source(NamedTuple):
     part: int  # of the job's
     row: Row
     split: str | None
-    names_split: bool  # by a field of its own
 
 
 class Refusal(NamedTuple):
@@ -100,12 +99,18 @@ def _understood(place: int, source: Source, job: Job, refused: list[Refusal]) ->
     for example in examples:
         try:
             example = _checked(example, job)
-            key = dialogue_hash(_dialogue_of(example, source.names_split), job.section.seed)
-            split = source.split or carve(key, shares_of(part, job.section))
+            key = dialogue_hash(_dialogue_of(example, part.names_all_splits), job.section.seed)
+            split = _split_of(key, source.split, part, job)
             repaired = (FOLDED,) if form.folds_system and example.dialogue.system else ()
             yield Draft(place, example, split, key, repaired, form.prompt(example.dialogue))
         except DataError as reason:
             refused.append(Refusal(place, str(reason)))
+
+
+def _split_of(key: bytes, named: str | None, part: Part, job: Job) -> str:
+    if key in job.apart_from.get("validation", ()):
+        return "validation"
+    return named or carve(key, shares_of(part, job.section))
 
 
 def _checked(example: Example, job: Job) -> Example:
@@ -172,7 +177,7 @@ def _shortened(draft: Draft, job: Job) -> Draft:
     limit = job.section.max_prompt_tokens
     turns = shorten(draft.example.dialogue.turns, lambda turns: len(encode(turns)[1]) <= limit)
     if turns is None:
-        raise DataError("prompt too long")
+        raise DataError(LONG_PROMPT)
     example = replace(draft.example, dialogue=replace(draft.example.dialogue, turns=turns))
     prompt, prompt_ids = encode(turns)
     return draft._replace(example=example, prompt=prompt, prompt_ids=prompt_ids, repaired=(*draft.repaired, SHORTENED))

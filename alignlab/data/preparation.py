@@ -17,12 +17,12 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from alignlab.data.ledger import CONFIDENCE, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
-from alignlab.data.pairing import Job, Pair, Refusal, Source, make_pairs, shares_of
+from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
+from alignlab.data.pairing import LONG_PROMPT, LONG_REPLY, Job, Pair, Refusal, Source, make_pairs, shares_of
 from alignlab.data.prepared import Account
-from alignlab.data.rows import names_of, split_named
+from alignlab.data.rows import names_of
 from alignlab.data.sources import NEEDS, PROMPT_CAPS
-from alignlab.data.splits import larger_shares
+from alignlab.data.splits import OTHER, larger_shares
 from alignlab.errors import DataError
 
 BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
@@ -30,6 +30,11 @@ SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the 
 MOST_PROCESSES = 4  # one reads, writes and counts for all: more would wait for it
 
 Made = tuple[list[Pair], list[Refusal]]
+
+OTHER_PROMPTS = (
+    "its prompts are those that the pairs hold out: bring rows with other prompts, or leave data.sft.path out, and SFT"
+    " learns the chosen replies"
+)
 
 
 def prepare_rows(job: Job, folder: Path) -> Account:
@@ -66,13 +71,11 @@ def _read_rows(job: Job, ledger: Ledger) -> Iterator[Source]:
     for number, part in enumerate(job.parts):
         read = Counter()
         for row in part.rows():
-            named = row.fields.get("split")
-            named = split_named(named, job.section) if isinstance(named, str) else None
-            split = named or part.split
-            if most is None or read[split] < most:
+            split = part.split_of(row)
+            if split != OTHER and (most is None or read[split] < most):
                 read[split] += 1
                 ledger.read(part)
-                yield Source(number, row, split, named is not None)
+                yield Source(number, row, split)
 
 
 # Processes
@@ -141,15 +144,36 @@ def _check_splits(ledger: Ledger, job: Job) -> None:
     if not ledger.rows:
         raise DataError(f"{where}: no rows: the data is empty")
     if not kept:
-        row = next(iter(ledger.first_dropped.values()))
-        source = next(part.source for part in job.parts if part.source)
-        raise DataError(
-            f"{where}: not one usable row of {ledger.rows}: {reasons}; data.source={source} needs {NEEDS[source]};"
-            f" {row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
-        )
+        raise DataError(f"{where}: not one usable row of {ledger.rows}: {reasons}; {_remedy(ledger, job)}")
     if empty := [split for split in job.wanted if not ledger.kept[split]]:
-        keys = [key for keys in ledger.dialogues.values() for key in keys]
-        shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
-        brought = frozenset().union(*(part.brought for part in job.parts))
-        remedy = larger_shares(keys, empty, shares, brought)
-        raise DataError(f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons}); {remedy}")
+        raise DataError(
+            f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons});"
+            f" {_larger_shares(ledger, job, empty)}"
+        )
+
+
+# What to do about a reason for which most rows are left out; about another one, to look at the columns
+REMEDIES = {
+    LONG_REPLY: "set data.max_reply_tokens higher, or data.long_replies=cut",
+    LONG_PROMPT: "set data.max_prompt_tokens higher",
+    **dict.fromkeys(OF_THE_PAIRS.values(), OTHER_PROMPTS),
+}
+
+
+def _remedy(ledger: Ledger, job: Job) -> str:
+    most, _ = ledger.dropped.most_common(1)[0]
+    if most in REMEDIES:
+        return REMEDIES[most]
+    row = ledger.first_dropped[most]
+    source = next(part.source for part in job.parts if part.source)
+    columns = ", ".join(row.fields) or "no field"
+    return f"data.source={source} needs {NEEDS[source]}; {row.file}:{row.line} has {columns}"
+
+
+def _larger_shares(ledger: Ledger, job: Job, empty: list[str]) -> str:
+    if "train" in empty and any(reason in OF_THE_PAIRS.values() for reason in ledger.dropped):
+        return OTHER_PROMPTS
+    keys = [key for keys in ledger.dialogues.values() for key in keys]
+    shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
+    brought = frozenset().union(*(part.brought for part in job.parts))
+    return larger_shares(keys, empty, shares, brought)
