@@ -17,7 +17,7 @@ from alignlab.recipe import DataSection
 
 PREPARING = (
     *("files", "format", "toy", "transcript", "words"),
-    *("data/ledger", "data/pairing", "data/preparation", "data/rows", "data/sources", "data/splits"),
+    *("data/layouts", "data/ledger", "data/messages", "data/pairing", "data/preparation", "data/rows", "data/splits"),
 )
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 ELSEWHERE = ("path", "subset", "source", "sft", "toy")  # said by the parts themselves, or read by somebody else
@@ -45,7 +45,8 @@ def identify(section: DataSection, form: Format, parts: Sequence[Part], more: An
 
 
 def _identify_part(part: Part) -> list[Any]:
-    return [part.split, sorted(part.brought), sorted(part.row_splits.items()), part.source, part.digest()]
+    read = part.reader and [part.reader.source, sorted(part.reader.columns.items())]
+    return [part.split, sorted(part.brought), sorted(part.row_splits.items()), read, part.digest()]
 
 
 @cache

@@ -55,6 +55,7 @@ class Ledger:
         self.folder, self.columns, self.parts, self.apart_from = folder, columns, parts, apart_from
         self.rows = self.pairs = 0
         self.kept, self.dropped, self.repaired = Counter(), Counter(), Counter()
+        self.not_read = Counter()  # rows by the column, or key of a message, that holds what is not read
         self.by_part: defaultdict[str, Counter[Part]] = defaultdict(Counter)  # of rows, kept, dropped
         self.dialogues = {split: set() for split in SPLITS}
         self.first_dropped: dict[str, Row] = {}  # by reason
@@ -119,9 +120,9 @@ class Ledger:
         """Writes the pairs taken so far to their Arrow files."""
         for split, pending in self._pending.items():
             if pending:
-                pairs, files, lines = zip(*pending, strict=True)
-                columns = {name: [getattr(pair, name) for pair in pairs] for name in self.columns}
-                batch = record_batch(columns | {"file": files, "line": lines}, self.columns | ORIGIN)
+                rows = [{**pair.columns(), "file": file, "line": line} for pair, file, line in pending]
+                wanted = self.columns | ORIGIN
+                batch = record_batch({name: [row[name] for row in rows] for name in wanted}, wanted)
                 self._tables[split].write_batch(batch)
                 pending.clear()
 
@@ -142,12 +143,13 @@ class Ledger:
             "parts": [{what: of[part] for what, of in self.by_part.items()} for part in self.parts],
             "dialogues": {split: len(keys) for split, keys in self.dialogues.items()},
             "fingerprint": self._content.hexdigest(),
+            "not_read": dict(self.not_read),
         }
 
 
 def _bytes(pair: Pair) -> bytes:
-    texts = [text.encode() for text in (pair.split, pair.prompt, pair.chosen, pair.rejected) if text is not None]
-    ids = [ids.tobytes() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) if ids is not None]
+    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies)]
+    ids = [ids.tobytes() for ids in (pair.prompt_ids, *pair.reply_ids)]
     return b"".join([piece for one in (*texts, *ids) for piece in (len(one).to_bytes(8, "little"), one)])
 
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import xxhash
 
+from alignlab.data.layouts import LAYOUTS, Fields, Layout, Reader, find_reader, is_red_team
 from alignlab.data.splits import HELD_OUT, SPLITS, absent_split, splits_named
 from alignlab.errors import DataError, MachineError, RecipeError
+from alignlab.fields import suggest
 from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
 from alignlab.recipe import DataSection
 
@@ -46,7 +48,11 @@ class Part:
     row_splits: Mapping[str, str | None] = field(
         default_factory=dict
     )  # what each value of the field `split` stands for, where that decides
-    source: str | None = None  # what its rows mean
+    reader: Reader | None = None  # how its rows are read; none where it has no rows
+
+    @property
+    def source(self) -> str | None:
+        return self.reader and self.reader.source
 
     def split_of(self, row: Row) -> str | None:
         """The split that the part or the row brings; none where its dialogue's share decides."""
@@ -63,7 +69,8 @@ def find_parts(section: DataSection, key: str = "data") -> list[Part]:
     """Where a recipe's rows come from: test rows first, then validation, then the rest; `key` is also `data.sft`."""
     if section.source == "toy":
         rows, splits = lambda: _toy_rows(section), {split: split for split in SPLITS}
-        return [Part("toy", "toy", rows, lambda: "toy", brought=frozenset(HELD_OUT), row_splits=splits, source="toy")]
+        toy = Reader("toy", LAYOUTS["hh-rlhf"], {"chosen": "chosen", "rejected": "rejected"})
+        return [Part("toy", "toy", rows, lambda: "toy", brought=frozenset(HELD_OUT), row_splits=splits, reader=toy)]
     if not section.path:
         raise RecipeError("data.path is not set: it needs a hub id, a folder or a file")
     if "[" in section.split:
@@ -211,6 +218,73 @@ def _with_splits(part: Part, found: Mapping[str, str | None], counts: Mapping[st
 def listing(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# What their rows are
+
+
+def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data") -> list[Part]:
+    """The parts with how their rows are read: as `source` says, or as the columns of the first ones do.
+
+    HH-RLHF's red-team file is left out beside others, and refused alone.
+    """
+    found, red_team = [], []
+    for part in parts:
+        first = [row.fields for row in islice(part.rows(), SAMPLE_ROWS)] if part.reader is None else []
+        if first and all(map(is_red_team, first)):
+            red_team.append(part)
+        elif first:
+            found.append(replace(part, reader=_reader(part, first, section, key)))
+        else:
+            found.append(part)
+    if red_team and not any(part.reader for part in found):
+        raise DataError(
+            f"{red_team[0].name}: HH-RLHF's red-team transcripts hold no pairs; set data.subset to harmless-base,"
+            " helpful-base, helpful-online or helpful-rejection-sampled"
+        )
+    for part in red_team:
+        log.info("%s: not read: red-team transcripts hold no pairs", part.name)
+    if section.source is None:
+        for path, reader in {part.path: part.reader for part in found if part.reader}.items():
+            log.info("%s: %s.source=%s, by its columns%s", path, key, reader.source, _renamed(reader))
+    return found
+
+
+def _renamed(reader: Reader) -> str:
+    others = [f"{column} is the {name}" for name, column in reader.columns.items() if name != column]
+    return f" ({', '.join(others)})" if others else ""
+
+
+def _reader(part: Part, first: Sequence[Fields], section: DataSection, key: str) -> Reader:
+    there = dict.fromkeys(column for row in first for column in row)
+    for name, column in section.columns.items():
+        if column not in there:
+            what = f"{key}.columns gives {name} to {column!r}, which is no column of {', '.join(there)}"
+            raise DataError(f"{part.name}: {what}{suggest(column, there)}")
+    reader = find_reader(first, section.source, section.columns)
+    if reader is None:
+        raise DataError(
+            f"{part.name}: rows of the columns {', '.join(there) or '(none)'} are of no layout that is known; say what"
+            f" they hold as {key}.columns: {{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}, or set {key}.source to"
+            f" one of {', '.join(LAYOUTS)}"
+        )
+    if problem := _unfit(reader.layout, key):
+        raise DataError(f"{part.name}: {problem}")
+    return reader
+
+
+def _unfit(layout: Layout, key: str) -> str | None:
+    """Why a stage cannot learn from a layout."""
+    if layout.kind == "labels":
+        return (
+            "unpaired labels (a prompt, one reply, and whether it is good) are what KTO learns from; DPO needs two"
+            " replies to a prompt, and SFT good ones without a label"
+        )
+    if layout.kind == "replies" and key == "data":
+        return (
+            f"{layout.holds} are replies to learn and no pairs; write data.sft: {{path: …}}, and the pairs as data.path"
+        )
+    return None
 
 
 # Paths

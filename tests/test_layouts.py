@@ -1,4 +1,4 @@
-"""The laws of sources: what each kind of raw row means, which rows are refused and why, how kinds are told apart."""
+"""The laws of layouts: what each kind of raw row means, which rows are refused and why, how kinds are told apart."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignlab.data import prepare, prepare_replies, sft_rows
-from alignlab.data.sources import SOURCES, recognise
+from alignlab.data.layouts import LAYOUTS, find_reader
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
 from alignlab.recipe import DataSection, SFTDataSection
@@ -27,7 +27,7 @@ SUMMARY = {
     "choice": 1,
     "extra": {"confidence": 8},
 }
-RANKED = {"prompt": "q", "answers": ["best", "good", "bad"]}
+RANKED = {"prompt": "q", "answers": ["best", "good", "bad"]}  # in this order where the recipe says so
 ALPACA = {"instruction": "do", "input": "", "output": "done"}
 ROWS = {
     "hh-rlhf": HH,
@@ -42,12 +42,18 @@ ROWS = {
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def recognise(*rows):
+    reader = find_reader(rows, None, {})
+    return reader and reader.source
+
+
 def read(source, row, **settings):
-    return list(SOURCES[source](row, DataSection(**settings)))
+    """What a row holds, by its columns or by `source`."""
+    return list(find_reader([row], source, {}).read(row, DataSection(source=source, **settings)))
 
 
 def replies(source, row, **settings):
-    return [(example.chosen, example.rejected) for example in read(source, row, **settings)]
+    return [(example.chosen.text, example.rejected.text) for example in read(source, row, **settings)]
 
 
 def asked(example):
@@ -96,9 +102,10 @@ def test_a_source_that_is_recognised_is_said_and_one_that_is_not_lists_the_colum
     with caplog.at_level("INFO"):
         prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", [{**HH, **hh(n)} for n in range(40)]))
     assert f"{tmp_path / 'rows.jsonl'}: data.source=hh-rlhf, by its columns" in caplog.text
-    with pytest.raises(DataError, match=r"odd.jsonl:1: no source has the columns text, tag; set data.source to one of"):
-        prepared(tokenizer, write_lines(tmp_path / "odd.jsonl", [{"text": "a", "tag": 1}]))
-    with pytest.raises(DataError, match=r"alpaca.jsonl:1: .*no pairs; write data.sft: \{source: alpaca"):
+    odd = write_lines(tmp_path / "odd.jsonl", [{"question": "a", "good": "b", "bad": "c"}])
+    with pytest.raises(DataError, match=r"odd.jsonl: .*question, good, bad .*data\.columns: \{prompt: COLUMN, chosen"):
+        prepared(tokenizer, odd)
+    with pytest.raises(DataError, match=r"alpaca.jsonl: .*no pairs; write data.sft: \{path"):
         prepared(tokenizer, write_lines(tmp_path / "alpaca.jsonl", [ALPACA]))
 
 
@@ -136,10 +143,10 @@ def test_a_dialogue_that_ends_with_a_human_turn_is_refused_and_consecutive_turns
 def test_a_comparison_of_summaries_keeps_the_workers_confidence():
     (example,) = read("summarize-from-feedback", SUMMARY)
     assert asked(example) == [" SUBREDDIT: r/r\n\nTITLE: t\n\nPOST: long story\n\nTL;DR:"]
-    assert (example.chosen, example.rejected, example.confidence) == (" two", " one", 8.0)
+    assert (example.chosen.text, example.rejected.text, example.confidence) == (" two", " one", 8.0)
     without = {**SUMMARY, "extra": {}, "choice": 0, "info": {"article": "news", "title": "t"}}
     (example,) = read("summarize-from-feedback", without)
-    assert (asked(example), example.chosen, example.confidence) == ([" Article:\n\nnews\n\nTL;DR:"], " one", None)
+    assert (asked(example), example.chosen.text, example.confidence) == ([" Article:\n\nnews\n\nTL;DR:"], " one", None)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the raw rows")
@@ -147,7 +154,7 @@ def test_the_real_rows_of_summaries_and_comments_are_read(tokenizer):
     lines = (PREFERENCE / "summarize-from-feedback-raw-rows.jsonl").read_text().splitlines()
     pair, marks = map(json.loads, lines)
     (example,) = read("summarize-from-feedback", pair)
-    assert example.confidence == 8.0 and example.chosen.startswith(" we suspect other party")
+    assert example.confidence == 8.0 and example.chosen.text.startswith(" we suspect other party")
     assert asked(example)[0].startswith(" SUBREDDIT: r/legaladvice\n\nTITLE: Anybody with knowledge")
     with pytest.raises(DataError, match="one summary, which is no comparison"):
         read("summarize-from-feedback", marks)
@@ -156,7 +163,7 @@ def test_the_real_rows_of_summaries_and_comments_are_read(tokenizer):
     with pytest.raises(DataError, match="ratio is below"):  # 54 against 52
         read("shp", row)
     (example,) = read("shp", row, min_score_ratio=1.0)
-    assert example.chosen.startswith(" It's ironic") and example.rejected.startswith(" Currently wrapping")
+    assert example.chosen.text.startswith(" It's ironic") and example.rejected.text.startswith(" Currently wrapping")
 
 
 def test_confidence_is_a_column_of_the_prepared_pairs(tmp_path, tokenizer):
@@ -291,7 +298,7 @@ def test_every_pair_of_a_ranked_row_is_accounted_for(tmp_path, tokenizer):
     """40 rows of three answers make 120 pairs by `all`; the cap of 2 leaves 80."""
     rows = [{**RANKED, "prompt": f"question {n}"} for n in range(40)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    found = prepared(tokenizer, path, ranked_pairs="all", max_pairs_per_prompt=2)
+    found = prepared(tokenizer, path, source="ranked", ranked_pairs="all", max_pairs_per_prompt=2)
     assert (found.rows, sum(found.kept.values()), sum(found.dropped.values())) == (40, 80, 40)
 
 
@@ -302,22 +309,23 @@ def test_every_pair_of_a_ranked_row_is_accounted_for(tmp_path, tokenizer):
     ("source", "row", "reason"),
     [
         ("shp", {**SHP, "labels": 2}, "'labels' is neither 0 nor 1"),
-        ("shp", {**SHP, "labels": "1"}, "'labels' is neither 0 nor 1"),
+        ("shp", {**SHP, "labels": "one"}, "'labels' is neither 0 nor 1"),
         ("shp", {**SHP, "labels": True}, "'labels' is neither 0 nor 1"),
         ("shp", {**SHP, "score_A": "many"}, "'score_A' is not a number"),
         ("shp", {**SHP, "score_A": float("nan")}, "'score_A' is not a number"),
         ("shp", {**SHP, "labels": 0}, "prefers the reply with the lower score"),
         ("shp", {**SHP, "human_ref_A": 3}, "'human_ref_A' is not text"),
-        ("ultrafeedback", {**ULTRA, "score_chosen": "9"}, "'score_chosen' is not a number"),
+        ("ultrafeedback", {**ULTRA, "score_chosen": "nine"}, "'score_chosen' is not a number"),
         ("summarize-from-feedback", {**SUMMARY, "choice": 2}, "'choice' is neither 0 nor 1"),
         ("summarize-from-feedback", {**SUMMARY, "summaries": [{"text": "a"}]}, "does not hold two summaries"),
         ("summarize-from-feedback", {**SUMMARY, "info": "post"}, "'info' is not a mapping"),
         ("ranked", {**RANKED, "answers": ["one"]}, "does not list two or more answers"),
         ("ranked", {**RANKED, "answers": ["one", 2]}, "an answer in 'answers' is not text"),
         ("ranked", {**RANKED, "scores": [1]}, "does not hold a number for each"),
-        ("ranked", {**RANKED, "scores": [1, 2, "3"]}, "'scores' is not a number"),
-        ("alpaca", {**ALPACA, "input": 3}, "'input' is not text"),
-        ("alpaca", {"instruction": "do"}, "no field 'output'"),
+        ("ranked", {**RANKED, "scores": [1, 2, "three"]}, "an answer has no score"),
+        ("ranked", {**RANKED, "scores": [1, 2, None]}, "an answer has no score"),
+        ("ranked", {**RANKED, "scores": [1, 2, float("nan")]}, "an answer has no score"),
+        ("alpaca", {"instruction": "do"}, "no field 'completion'"),
     ],
 )
 def test_a_row_that_is_malformed_is_refused_with_the_reason(source, row, reason):
@@ -349,7 +357,7 @@ def test_no_row_of_any_types_crashes_a_source(data):
         examples = read(source, row)
     except DataError:
         return
-    assert all(isinstance(example.chosen, str) for example in examples)
+    assert all(isinstance(example.chosen.text, str) for example in examples)
 
 
 # Several paths, and other data for SFT
