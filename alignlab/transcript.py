@@ -94,12 +94,20 @@ def check_replies(chosen: str, rejected: str | None) -> None:
         raise DataError("the two replies are identical")
 
 
-def dialogue_key(turns: Iterable[Turn]) -> str:
-    """The first Human turn: rows that share it are one dialogue, and must not stand in two splits."""
-    for turn in turns:
-        if turn.role == "Human":
-            return turn.text.strip()
-    raise DataError("no Human turn stands before the reply")
+def dialogue_key(turns: Iterable[Turn], at_least: int = 0) -> str:
+    """The first Human turn: rows that share it are one dialogue, and must not stand in two splits.
+
+    With fewer characters than `at_least` it is a greeting, and the next Human turns belong to the key as well.
+    """
+    said = [turn.text.strip() for turn in turns if turn.role == "Human"]
+    if not said:
+        raise DataError("no Human turn stands before the reply")
+    key = said[0]
+    for text in said[1:]:
+        if len(key) >= at_least:
+            break
+        key = f"{key}\n\n{text}"
+    return key
 
 
 def shorten(turns: Sequence[Turn], fits: Callable[[Sequence[Turn]], bool]) -> Sequence[Turn] | None:

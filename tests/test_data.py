@@ -17,8 +17,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignlab.data import preparation, prepare, sft_rows, write_pairs
-from alignlab.data.pairing import CUT, FOLDED, SHORTENED
 from alignlab.data.layouts import find_reader
+from alignlab.data.pairing import CUT, FOLDED, SHORTENED
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
 from alignlab.recipe import DataSection, ToySection

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignlab.data import prepare, prepare_replies, sft_rows
-from alignlab.data.layouts import LAYOUTS, find_reader
+from alignlab.data.layouts import find_reader
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
 from alignlab.recipe import DataSection, SFTDataSection
@@ -300,6 +300,337 @@ def test_every_pair_of_a_ranked_row_is_accounted_for(tmp_path, tokenizer):
     path = write_lines(tmp_path / "rows.jsonl", rows)
     found = prepared(tokenizer, path, source="ranked", ranked_pairs="all", max_pairs_per_prompt=2)
     assert (found.rows, sum(found.kept.values()), sum(found.dropped.values())) == (40, 80, 40)
+
+
+# Any usual spelling of the same preference
+
+ASKED = [message("user", "q")]
+SAID = {"chosen": message("assistant", "a"), "rejected": message("assistant", "b")}
+SHAREGPT = [{"from": "human", "value": "q"}]
+TEXT = {"chosen": "a", "rejected": "b"}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("pairs", {"Prompt": "q", "Chosen": "a", "Rejected": "b"}),
+        ("pairs", {"system": None, "question": "q", **TEXT}),
+        ("pairs", {"prompt": "q", "chosen_response": "a", "rejected_response": "b"}),
+        ("pairs", {"query": "q", "responseChosen": "a", "responseRejected": "b"}),
+        ("pairs", {"question": "q", "response_j": "a", "response_k": "b"}),
+        ("pairs", {"prompt": "q", "accepted": "a", "dispreferred": "b"}),
+        ("pairs", {"input": "q", "preferred_output": "a", "non_preferred_output": "b"}),
+        (
+            "pairs",
+            {
+                "input": {"messages": ASKED, "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [SAID["chosen"]],
+                "non_preferred_output": [SAID["rejected"]],
+            },
+        ),
+        ("pairs", {"conversations": SHAREGPT, "chosen": gpt("a"), "rejected": gpt("b")}),
+        ("pairs", {"prompt": ASKED[0], **SAID}),
+        ("pairs", {"prompt": {"text": "q"}, "chosen": {"text": "a"}, "rejected": {"text": "b"}}),
+        ("pairs", {"prompt": json.dumps(ASKED), **{side: str([said]) for side, said in SAID.items()}}),
+        ("pairs", {"chosen": json.dumps([*ASKED, SAID["chosen"]]), "rejected": json.dumps([*ASKED, SAID["rejected"]])}),
+        ("pairs", {"prompt": "Human: q\n\nAssistant:", **TEXT}),
+        ("pairs", {"prompt": "\n\nHuman: q\n\nAssistant:", **HH, "chosen": HH["chosen"]}),
+        ("pairs", {"messages": ASKED, **TEXT}),
+        (
+            "pairs",
+            {
+                "chosen": [{"role": "Human", "content": "q"}, {"role": "Assistant", "content": "a"}],
+                "rejected": [{"speaker": "USER", "text": "q"}, {"speaker": "bot", "text": "b"}],
+            },
+        ),
+        (
+            "pairs",
+            {
+                "prompt": [message("user", [{"type": "text", "text": "q", "image_url": None}])],
+                "chosen": [message("assistant", [{"type": "text", "text": "a"}])],
+                "rejected": [message("assistant", "b")],
+            },
+        ),
+        ("hh-rlhf", {"chosen": "Human: q\nAssistant: a", "rejected": "Human: q\nAssistant: b"}),
+        ("hh-rlhf", {"chosen": "Human: q\n\nAssistant: a", "rejected": "\nHuman: q\n\nAssistant: b"}),
+        ("ultrafeedback", {"prompt": "q", **TEXT, "chosen-rating": 5, "rejected-rating": 1}),
+        ("ultrafeedback", {"prompt": "q", **TEXT, "chosen_avg_rating": "5", "rejected_avg_rating": "1"}),
+        ("ultrafeedback", {"prompt": "q", **TEXT, "rank_chosen": 1, "rank_rejected": 2}),
+        ("two-responses", {"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": 1}),
+        ("two-responses", {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -2}),
+        ("two-responses", {"context": ASKED, "response1": "b", "response2": "a", "overall_preference": 3}),
+        ("two-responses", {"instruction": "q", "input": "", "output_1": "b", "output_2": "a", "preference": 2}),
+        ("two-responses", {"prompt": "q", "response_a": "a", "response_b": "b", "label": "0"}),
+        ("two-responses", {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "A"}),
+        ("two-responses", {"prompt": "q", "response_0": "b", "response_1": "a", "winner": "response_1"}),
+        ("two-responses", {"prompt": "q", "response_1": "a", "response_2": "b", "winner": "response_1"}),
+        ("two-responses", {"prompt": "q", "answer_0": "b", "answer_1": "a", "score_0": -1.0, "score_1": 1.0}),
+        ("two-responses", {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "rank_0": 1, "rank_1": 2}),
+        (
+            "two-responses",
+            {
+                "model_a": "x",
+                "model_b": "y",
+                "winner": "model_b",
+                "conversation_a": [*ASKED, SAID["rejected"]],
+                "conversation_b": [*ASKED, SAID["chosen"]],
+            },
+        ),
+        (
+            "two-responses",
+            {
+                "prompt": '["q"]',
+                "response_a": '["a"]',
+                "response_b": '["b"]',
+                "winner_model_a": 1,
+                "winner_model_b": 0,
+                "winner_tie": 0,
+            },
+        ),
+        ("ranked", {"prompt": "q", "answers": [{"answer": "b", "rank": 2}, {"answer": "a", "rank": 1}]}),
+        ("ranked", {"prompt": "q", "responses": ["b", "a"], "ratings": [1, 5]}),
+        ("ranked", {"prompt": "q", "responses": ["b", "a"], "rank": ["2", "1"]}),
+        ("ranked", {"prompt": "q", "responses": ["b", "a"], "rewards": ["0.1", "0.7"]}),
+        ("ranked", {"prompt": "q", "responses": ["b", "a"], "rm_scores": [-3.5, -1]}),
+        ("ranked", {"prompt": "q", "replies": [{"text": "a", "votes": 9}, {"text": "b", "votes": 0}]}),
+        ("ranked", {"prompt": "q", "answers": {"text": ["b", "a"], "score": [1, 2]}}),
+    ],
+)  # fmt: skip
+def test_any_usual_spelling_is_the_same_preference(source, row):
+    assert recognise(row) == source
+    (example,) = find_reader([row], None, {}).read(row, DataSection())
+    assert asked(example) == [" q"] and (example.chosen.text, example.rejected.text) == (" a", " b")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "conversation_a": "a", "conversation_b": "b", "winner": "tie (bothbad)"},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": 0},
+        {"prompt": "q", "response_0": "a", "response_1": "b", "label": 2},
+        {"prompt": "q", "response_1": "a", "response_2": "b", "winner": "Tie"},
+        {"prompt": "q", "response_a": "a", "response_b": "b", "winner_model_a": 0, "winner_model_b": 0},
+    ],
+)  # fmt: skip
+def test_a_tie_holds_no_preference(row):
+    with pytest.raises(DataError, match="a tie"):
+        read(None, row)
+
+
+def test_numbers_that_could_mean_either_reply_are_not_guessed():
+    """0 of response_1 and response_2 may be the first one, or a tie."""
+    rows = [{"prompt": "q", "response_1": "a", "response_2": "b", "label": label} for label in (0, 1, 2)]
+    assert recognise(*rows) is None
+    for name, better in (("index", "b"), ("number", "a")):
+        reader = find_reader(rows, None, {name: "label"})
+        (example,) = reader.read(rows[1], DataSection())
+        assert example.chosen.text == f" {better}"
+
+
+def test_a_label_of_two_replies_may_be_a_tie():
+    rows = [{"prompt": "q", "response_a": "a", "response_b": "b", "label": label} for label in (0, 1, 2)]
+    reader = find_reader(rows, None, {})
+    better = [[example.chosen.text for example in reader.read(row, DataSection())] for row in rows[:2]]
+    assert better == [[" a"], [" b"]]
+    with pytest.raises(DataError, match="a tie"):
+        list(reader.read(rows[2], DataSection()))
+
+
+def test_three_replies_are_not_two():
+    assert recognise({"prompt": "q", "response_0": "a", "response_1": "b", "response_2": "c", "label": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "row"),
+    [
+        ("messages", {"messages": [*ASKED, SAID["chosen"]]}),
+        ("messages", {"conversations": [*SHAREGPT, gpt("a")]}),
+        ("messages", {"messages": json.dumps([*ASKED, SAID["chosen"]])}),
+        ("messages", {"text": "Human: q\nAssistant: a"}),
+        ("prompt-completion", {"prompt": "q", "completion": "a"}),
+        ("prompt-completion", {"prompt": ASKED, "completion": [SAID["chosen"]]}),
+        ("prompt-completion", {"question": "q", "answer": "a"}),
+        ("prompt-completion", {"input": "q", "output": "a"}),
+        ("alpaca", {"instruction": "q", "response": "a"}),
+        ("alpaca", {"instruction": "q", "context": "", "response": "a", "category": "qa"}),
+        ("alpaca", {"instruction": "q", "input": "", "output": "a"}),
+        ("kto", {"prompt": "q", "completion": "a", "label": True}),
+        ("kto", {"messages": [*ASKED, SAID["chosen"]], "label": 1}),
+        ("kto", {"instruction": "q", "output": "a", "kto_tag": "true"}),
+        ("kto", {"prompt": "q", "response": "a", "thumbs": "👍"}),
+        ("kto", {"prompt": "q", "response": "a", "feedback": "thumbs up"}),
+    ],
+)
+def test_replies_to_learn_in_any_usual_spelling(source, row):
+    assert recognise(row) == source
+    (example,) = find_reader([row], None, {}).read(row, DataSection())
+    assert (asked(example), example.chosen.text, example.rejected) == ([" q"], " a", None)
+    assert example.label is (True if source == "kto" else None)
+
+
+def test_a_label_that_is_no_judgement_is_not_one():
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in ("science", "law", "good")]
+    assert recognise(*rows) == "prompt-completion"
+
+
+def test_unpaired_labels_are_refused_with_what_they_are_for(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": n < 9} for n in range(20)])
+    with pytest.raises(
+        DataError, match=r"kto\.jsonl: unpaired labels .* are what KTO learns from; DPO needs two"
+    ) as error:
+        prepared(tokenizer, path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layout_is_told_by_some_hundred_rows(tmp_path, tokenizer):
+    odd = [{"prompt": None, **TEXT}, {"messages": ASKED, "label": 1}, {"prompt": "x"}, {"prompt": "y", "chosen": "a"}]
+    rows = [*odd, *({"prompt": f"question {n}", **TEXT, "system": None} for n in range(60))]
+    found = prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", rows))
+    assert [part["source"] for part in found.parts] == ["pairs"]
+    assert (found.rows, sum(found.kept.values()), sum(found.dropped.values())) == (64, 60, 4)
+
+
+def test_half_of_the_rows_may_lack_a_score(tmp_path, tokenizer):
+    scored = [
+        {"prompt": f"q {n}", **TEXT, "score_chosen": 5, "score_rejected": 1 if n % 2 else None} for n in range(80)
+    ]
+    found = prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", scored))
+    assert found.dropped == {"no field 'score_rejected'": 40}
+
+
+# Columns of other names
+
+
+def test_columns_of_any_names_are_said(tmp_path, tokenizer):
+    rows = [{"frage": f"question {n}", "gut": "yes", "schlecht": "no", "sys": "Be kind."} for n in range(60)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    columns = {"prompt": "frage", "chosen": "gut", "rejected": "schlecht"}
+    found = prepared(tokenizer, path, columns=columns)
+    assert sum(found.kept.values()) == 60 and found.not_read == {"sys": 60}
+    told = prepared(tokenizer, path, columns={**columns, "system": "sys"})
+    assert told.train["prompt"][0].startswith("\n\nHuman: Be kind.\n\nquestion") and not told.not_read
+    with pytest.raises(
+        DataError, match=r"data\.columns gives chosen to 'gutt', which is no column of .*did you mean 'gut'"
+    ):
+        prepared(tokenizer, path, columns={**columns, "chosen": "gutt"})
+    with pytest.raises(DataError, match=r"data\.columns names a column 'promt'.*did you mean 'prompt'"):
+        prepared(tokenizer, path, columns={"promt": "frage", "chosen": "gut", "rejected": "schlecht"})
+
+
+def test_a_name_given_to_a_column_wins_over_one_that_is_there():
+    row = {"prompt": "raw", "asked": "q", **TEXT}
+    reader = find_reader([row], None, {"prompt": "asked"})
+    (example,) = reader.read(row, DataSection())
+    assert asked(example) == [" q"] and reader.unread(row) == {"prompt"}
+
+
+# Nothing vanishes
+
+
+def test_system_history_and_tools_are_read(tmp_path, words):
+    row = {"instruction": "And now?", "input": "in", "system": "Be kind.", **TEXT}
+    row |= {
+        "history": [["Hi", "Hello"], ["How?", "So."]],
+        "tools": [{"type": "function", "function": {"name": "find"}}],
+    }
+    (example,) = read("pairs", row)
+    assert asked(example) == [" Hi", " Hello", " How?", " So.", " And now?"]
+    dialogue = example.dialogue
+    assert (dialogue.system, dialogue.input, dialogue.tools) == ("Be kind.", "in", row["tools"])
+    (example,) = read("pairs", {**row, "history": [message("user", "Hi"), message("assistant", "Hello")]})
+    assert asked(example) == [" Hi", " Hello", " And now?"]
+    (example,) = read("pairs", {**row, "tools": json.dumps(row["tools"]), "history": []})
+    assert example.dialogue.tools == row["tools"] and len(example.dialogue.turns) == 1
+
+
+def test_a_shared_greeting_in_a_history_makes_no_single_dialogue(tmp_path, tokenizer):
+    rows = [{"instruction": f"question {n}", "history": [["Hi", "Hello"]], **TEXT} for n in range(60)]
+    assert all(prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", rows)).kept.values())
+
+
+def test_what_is_not_read_is_counted_by_column_and_key(tmp_path, tokenizer, caplog):
+    said = [{"role": "assistant", "content": "a", "weight": 1}]
+    rows = [
+        {"prompt": f"q {n}", "chosen": said, "rejected": "b", "id": n, "sys": "s" if n < 9 else ""} for n in range(60)
+    ]
+    with caplog.at_level("INFO"):
+        found = prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", rows))
+    assert found.not_read == {"id": 60, "sys": 9, "weight": 60}
+    (line,) = (record.getMessage() for record in caplog.records if "not read" in record.getMessage())
+    assert "sys (9 rows)" in line
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['reasoning_content'] %}[{{ m['reasoning_content'] }}]{% endif %}"
+    "{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_reasoning_is_handed_to_the_template_or_named(tmp_path, words):
+    thinks = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    rows = [
+        {"prompt": [message("user", f"q {n}")], "chosen": [thinks], "rejected": [{**thinks, "content": "b"}]}
+        for n in range(60)
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    section = DataSection(path=str(path), validation_share=0.2, test_share=0.2, format="chat")
+    found = prepare(section, words, THINKS)
+    assert found.train["chosen"][0] == "[hm]a" and not found.not_read
+    without = prepare(section, words, THINKS.replace("[{{ m['reasoning_content'] }}]", ""))
+    assert without.train["chosen"][0] == "a" and without.not_read == {"reasoning_content": 60}
+    assert prepared(words, path).not_read == {"reasoning_content": 60}
+
+
+def test_an_empty_prompt_is_dropped(tmp_path, tokenizer):
+    rows = [{"prompt": prompt, **TEXT} for prompt in ("", " \n ")] + [{"prompt": f"q {n}", **TEXT} for n in range(60)]
+    assert prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", rows)).dropped == {"the prompt is empty": 2}
+
+
+# What is never guessed
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"quality": [2, 5]}, {"rankings": [2, 1]}, {"scores": None}, {"order": [1, 0]}],
+)
+def test_answers_without_a_known_order_are_refused(tmp_path, tokenizer, more):
+    rows = [{"prompt": f"q {n}", "responses": ["bad", "good"], **more} for n in range(60)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"no order that is known \(60\).*data\.columns: \{scores: COLUMN\}"):
+        prepared(tokenizer, path)
+    if "quality" in more:
+        with pytest.raises(DataError, match="no order that is known"):
+            prepared(tokenizer, path, source="ranked")
+        chosen = prepared(tokenizer, path, columns={"scores": "quality"}).train["chosen"]
+        assert set(chosen) == {" good"}
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), "", "n/a"])
+def test_a_row_with_a_missing_score_is_dropped(tmp_path, tokenizer, missing):
+    rows = [{"prompt": f"q {n}", "answers": ["b", "a"], "scores": [1, 2 if n else missing]} for n in range(60)]
+    assert prepared(tokenizer, write_lines(tmp_path / "rows.jsonl", rows)).dropped == {"an answer has no score": 1}
+    inside = [
+        {"prompt": f"q {n}", "answers": [{"text": "b", "rank": 2}, {"text": "a"} | ({"rank": 1} if n else {})]}
+        for n in range(60)
+    ]
+    assert prepared(tokenizer, write_lines(tmp_path / "inside.jsonl", inside)).dropped == {"an answer has no score": 1}
+
+
+def test_pairs_that_part_before_the_last_turn_are_none():
+    one, other = (
+        [*ASKED, message("assistant", text), *ASKED, SAID[side]] for text, side in (("x", "chosen"), ("y", "rejected"))
+    )
+    for row in (
+        {"chosen": one, "rejected": other},
+        {"conversation_a": one, "conversation_b": other, "winner": "model_a"},
+    ):
+        with pytest.raises(DataError, match="answer different prompts"):
+            read(None, row)
 
 
 # What is wrong with a row

@@ -171,7 +171,9 @@ def pairs(fields: Fields, section: DataSection) -> Iterator[Example]:
     yield Example(_dialogue(fields, head), chosen, rejected)
 
 
-OTHER_PROMPTS = "chosen and rejected answer different prompts"  # a reason for leaving a row out
+# Reasons for leaving a row out
+OTHER_PROMPTS = "chosen and rejected answer different prompts"
+SAME_SCORE, INVERTED = "the two replies have the same score", "the rejected reply has the higher score"
 SIDES = ("score_chosen", "score_rejected")
 
 
@@ -210,9 +212,9 @@ def ultrafeedback(fields: Fields, section: DataSection) -> Iterator[Example]:
         scores = fields if "score_chosen" in fields or not isinstance(inside, Mapping) else inside
         chosen, rejected = (_number(scores, name) for name in SIDES)
     if chosen == rejected:
-        raise DataError("the two replies have the same score")
+        raise DataError(SAME_SCORE)
     if chosen < rejected:
-        raise DataError("the rejected reply has the higher score")
+        raise DataError(INVERTED)
     yield from pairs(fields, section)
 
 
@@ -308,13 +310,16 @@ def _find_preference(sample: Sample, at: str) -> Columns | None:
 
 
 def _numbered(column: str, values: Sequence[Any], at: str) -> Columns | None:
-    """What numbers in a column mean: 0 the first reply, 1 the second, 2 a tie; or 1, 2, and 0 a tie."""
+    """What numbers in a column mean: an index from 0 where 2 is a tie, or a number from 1 where 0 is a tie.
+
+    None where they could mean either: 0, 1 and 2 of response_1 and response_2.
+    """
     found = {_as_number(value) for value in values} - {None}
-    if found <= {1, 2} and at != "0":
+    if at == "0" and found <= {0, 1, 2}:
+        return {"index": column}
+    if found == {1, 2} or (at == "1" and found <= {1, 2}):
         return {"number": column}
-    if not found <= {0, 1, 2} or (at == "1" and 2 in found):
-        return None  # of response_1 and response_2 it could be either
-    return {"index": column}
+    return {"index": column} if at == "a" and 0 in found and found <= {0, 1, 2} else None
 
 
 def _two_numbers(sample: Sample, at: str) -> Columns | None:
@@ -407,8 +412,8 @@ def find_ranked(sample: Sample) -> Columns | None:
     beside = [column for column in _without(rest, asked.values()) if _mostly(rest[column], _is_list)]
     scores, ranks = _order_in(beside)
     found = {"scores": scores} if scores else {"ranks": ranks} if ranks else {}
-    unknown = [column for column in beside if _mostly(rest[column], _has_numbers)]
-    return asked | answers | (found or {"unknown": column for column in unknown[:1]})
+    unknown = next((column for column in beside if _mostly(rest[column], _has_numbers)), None)
+    return asked | answers | (found or ({"unknown": unknown} if unknown else {}))
 
 
 def _is_list(value: Any) -> bool:

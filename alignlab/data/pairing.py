@@ -14,11 +14,13 @@ from alignlab.data.rows import Part
 from alignlab.data.splits import SPLITS, carve, dialogue_hash
 from alignlab.errors import DataError
 from alignlab.files import Row
-from alignlab.format import Format
+from alignlab.format import Dialogue, Format
 from alignlab.recipe import DataSection
 from alignlab.transcript import Turn, check_replies, dialogue_key, shorten
 
-LONG_PROMPT, LONG_REPLY = "prompt too long", "reply too long"  # reasons for leaving a pair out
+# Reasons for leaving a pair out
+EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY = "the prompt is empty", "prompt too long", "reply too long"
+GREETING = 20  # characters: a shorter turn at the head of a `history` begins many dialogues
 SHORTENED, CUT, FOLDED = "prompt shortened by whole turns", "reply cut", "system turn put into the first Human turn"
 
 
@@ -124,7 +126,7 @@ def _understood(place: int, raw: RawRow, job: Job, made: Made) -> Iterator[Pair]
     for example in examples:
         try:
             example = _checked(example, job)
-            key = dialogue_hash(_dialogue_of(example, part.names_all_splits), job.section.seed)
+            key = dialogue_hash(_dialogue_of(example.dialogue, part), job.section.seed)
             split = _split_of(key, raw.split, part, job)
             repaired = (FOLDED,) if form.folds_system and example.dialogue.system else ()
             yield Pair(place, example, split, key, form.prompt(example.dialogue), repaired)
@@ -145,7 +147,7 @@ def _checked(example: Example, job: Job) -> Example:
     chosen, *rejected = [reply._replace(text=reply.text.removesuffix(eos)) for reply in replies]
     check_replies(*[reply.text for reply in (chosen, *rejected)], *[None] * (not rejected))
     if not (dialogue.turns[-1].text.strip() or dialogue.input):
-        raise DataError("the prompt is empty")
+        raise DataError(EMPTY_PROMPT)
     for turn in (*dialogue.turns, chosen, *rejected):
         _check_text(turn.text, job.form)
         if turn.reasoning:
@@ -166,16 +168,18 @@ def _check_text(text: str, form: Format) -> None:
         raise DataError("the text is not valid Unicode") from error
 
 
-def _dialogue_of(example: Example, names_split: bool) -> str:
+def _dialogue_of(dialogue: Dialogue, part: Part) -> str:
     """What rows must not share across splits: the first Human turn, which all rows of one dialogue have.
 
     Where every row names its own split on purpose, a greeting may open dialogues of several splits; whole prompts are
     held apart.
     """
-    first = dialogue_key(example.dialogue.turns)
-    if example.dialogue.input:  # many Alpaca rows ask the same about another text
-        first = f"{first}\n\n{example.dialogue.input}"
-    return repr(example.dialogue.turns) if names_split else first
+    if part.names_all_splits:
+        return repr(dialogue.turns)
+    first = dialogue_key(dialogue.turns, GREETING if "history" in part.reader.columns else 0)
+    return (
+        f"{first}\n\n{dialogue.input}" if dialogue.input else first
+    )  # many Alpaca rows ask the same about another text
 
 
 def shares_of(part: Part, section: DataSection) -> dict[str, float]:

@@ -17,13 +17,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from alignlab.data.layouts import UNORDERED
+from alignlab.data.layouts import INVERTED, SAME_SCORE, UNORDERED
 from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
-from alignlab.data.pairing import LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
+from alignlab.data.pairing import EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
 from alignlab.data.prepared import Account
 from alignlab.data.rows import names_of
 from alignlab.data.splits import OTHER, larger_shares
 from alignlab.errors import DataError
+from alignlab.format import ALPACA_HEADING
 
 BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
 SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the words that these have taught
@@ -152,7 +153,7 @@ def _check_splits(ledger: Ledger, job: Job) -> None:
         )
 
 
-# What to do about a reason for which most rows are left out; about another one, to look at the columns
+# What to do about a reason for which most rows are left out; about one of no line here, to look at the columns
 REMEDIES = {
     LONG_REPLY: "set data.max_reply_tokens higher, or data.long_replies=cut",
     LONG_PROMPT: "set data.max_prompt_tokens higher",
@@ -160,19 +161,22 @@ REMEDIES = {
         "name what orders them as data.columns: {scores: COLUMN} (the more, the better) or {ranks: COLUMN} (1 is best),"
         " or write data.source=ranked where the best answer stands first"
     ),
+    EMPTY_PROMPT: "write data.columns: {prompt: COLUMN} where another column holds it",
+    **dict.fromkeys((SAME_SCORE, INVERTED), "data.source=pairs takes such pairs without a look at their scores"),
+    ALPACA_HEADING: "data.format=plain takes prompts as they are that stand in Alpaca's sections already",
     **dict.fromkeys(OF_THE_PAIRS.values(), OTHER_PROMPTS),
 }
 
 
 def _remedy(ledger: Ledger, job: Job) -> str:
     most, _ = ledger.dropped.most_common(1)[0]
-    if most in REMEDIES:
-        return REMEDIES[most]
     row = ledger.first_dropped[most]
+    has = f"{row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
+    if most in REMEDIES:
+        return f"{REMEDIES[most]}; {has}"
     reader = next(part.reader for part in job.parts if part.reader)
-    columns = ", ".join(row.fields) or "no field"
     needs = f"{job.key}.source={reader.source} needs {reader.layout.holds}"
-    return f"{needs}; {row.file}:{row.line} has {columns}; data.columns says which is which"
+    return f"{needs}; {has}; {job.key}.columns says which is which"
 
 
 def _larger_shares(ledger: Ledger, job: Job, empty: list[str]) -> str:

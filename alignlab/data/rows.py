@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from alignlab.data.layouts import LAYOUTS, Fields, Layout, Reader, find_reader, is_red_team
+from alignlab.data.layouts import LAYOUTS, NAMES, Fields, Layout, Reader, find_reader, is_red_team, plain_name
 from alignlab.data.splits import HELD_OUT, SPLITS, absent_split, splits_named
 from alignlab.errors import DataError, MachineError, RecipeError
 from alignlab.fields import suggest
@@ -251,13 +251,22 @@ def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data")
 
 
 def _renamed(reader: Reader) -> str:
-    others = [f"{column} is the {name}" for name, column in reader.columns.items() if name != column]
+    """What a column of another name was taken for, and what numbers in one mean."""
+    others = [f"{column} as {name}" for name, column in reader.columns.items() if plain_name(column) != name]
+    first, second = (reader.columns.get(name, name) for name in ("first", "second"))
+    if "index" in reader.columns:
+        others.append(f"where 0 prefers {first}, 1 {second}, and 2 is a tie")
+    if "number" in reader.columns:
+        others.append(f"where 1 prefers {first}, 2 {second}, and 0 is a tie")
     return f" ({', '.join(others)})" if others else ""
 
 
 def _reader(part: Part, first: Sequence[Fields], section: DataSection, key: str) -> Reader:
     there = dict.fromkeys(column for row in first for column in row)
     for name, column in section.columns.items():
+        if name not in NAMES:
+            known = f"which is none of {', '.join(NAMES)}{suggest(name, NAMES)}"
+            raise DataError(f"{key}.columns names a column {name!r}, {known}")
         if column not in there:
             what = f"{key}.columns gives {name} to {column!r}, which is no column of {', '.join(there)}"
             raise DataError(f"{part.name}: {what}{suggest(column, there)}")
