@@ -33,6 +33,7 @@ _EMPTY_THOUGHT = re.compile(rf"{_THINK}\s*{_THOUGHT}\s*")
 # Stanford Alpaca's two openings (its train.py, PROMPT_DICT)
 _ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 _ALPACA_INPUT = ", paired with an input that provides further context"
+ALPACA_HEADING = "a turn holds the heading of an Alpaca section"  # why a dialogue cannot be written so
 _INSTRUCTION, _INPUT, _RESPONSE = "\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
 
 
@@ -75,7 +76,7 @@ def _alpaca_prompt(dialogue: Dialogue) -> str:
 
 def _one_section(text: str) -> str:
     if any(heading.strip() in text for heading in (_INSTRUCTION, _INPUT, _RESPONSE)):
-        raise DataError("a turn holds the heading of an Alpaca section")
+        raise DataError(ALPACA_HEADING)
     return text.removeprefix(" ")
 
 

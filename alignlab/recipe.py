@@ -30,7 +30,9 @@ class ToySection:
     seed: int = 0  # of the dialogues, the tokenizer and the base model
 
 
-Source = Literal["hh-rlhf", "summarize-from-feedback", "shp", "ultrafeedback", "pairs", "ranked", "alpaca", "toy"]
+# `alignlab.data.layouts.LAYOUTS`, and the toy
+Pairs = Literal["hh-rlhf", "summarize-from-feedback", "shp", "ultrafeedback", "pairs", "two-responses", "ranked", "toy"]
+Source = Literal[Pairs, "kto", "alpaca", "prompt-completion", "messages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class SFTDataSection:
     source: Source | None = None
     subset: str | None = None
     split: str = "train"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class DataSection:
     source: Source | None = None  # what a row means; none: recognised from the columns of each path, and said
     path: str | list[str] | None = None  # hub id, folder or file (alignlab.files.READERS); several are concatenated
     subset: str | None = None  # a folder inside `path`, such as helpful-base
+    columns: Mapping[str, str] = field(default_factory=dict)  # of other names than known: {prompt: question, …}
     split: str = "train"  # the hub split that is trained on, such as train_prefs
     test_split: str | None = "test"  # the split kept for the test rows, where the data has one of that name
     sft: SFTDataSection = field(default_factory=SFTDataSection)

@@ -17,8 +17,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignlab.data import preparation, prepare, sft_rows, write_pairs
+from alignlab.data.layouts import find_reader
 from alignlab.data.pairing import CUT, FOLDED, SHORTENED
-from alignlab.data.sources import plain_pairs
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
 from alignlab.recipe import DataSection, ToySection
@@ -278,6 +278,10 @@ def test_the_fingerprint_is_that_of_the_prepared_rows(tmp_path, words):
 # Sources and formats
 
 
+def read_pair(row):
+    return list(find_reader([row], "pairs", {}).read(row, DataSection()))
+
+
 def message(role, content):
     return {"role": role, "content": content}
 
@@ -322,16 +326,17 @@ def test_pairs_as_text_or_messages_read_the_same(tmp_path, words, row):
         ([], "neither text nor a list"),
         ([message("tool", "42")], "a tool turn"),
         ([message("user", "q"), {"role": "assistant", "content": "", "tool_calls": [1]}], "a tool turn"),
-        ([message("human", "q")], "role is none of"),
-        ([message("user", ["q"])], "content is not text"),
-        ([message("user", "q"), message("system", "s")], "a system turn stands after"),
-        ([message("user", "q"), message("assistant", "a")], "does not begin and end with a user turn"),
+        ([message("wizard", "q")], "role is none of"),
+        ([message("user", 3)], "content is not text"),
+        ([message("user", [{"type": "image", "url": "x"}])], "a message holds 'image'"),
+        ([message("user", "q"), message("system", "s"), message("user", "q")], "a system turn stands after"),
+        ([message("user", "q"), message("assistant", "a")], "does not end with a user turn"),
         (f"{TRANSCRIPT}\n\nAssistant: begun", "in the middle of an Assistant turn"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, reason):
     with pytest.raises(DataError, match=reason):
-        list(plain_pairs({"prompt": prompt, "chosen": "a", "rejected": "b"}, DataSection()))
+        read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.parametrize(
@@ -348,7 +353,7 @@ def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, rea
 )
 def test_replies_that_answer_no_common_prompt_are_refused_with_the_reason(row, reason):
     with pytest.raises(DataError, match=reason):
-        list(plain_pairs(row, DataSection()))
+        read_pair(row)
 
 
 def test_a_reply_that_would_read_as_further_turns_is_dropped(tmp_path, words):

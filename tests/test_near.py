@@ -136,7 +136,7 @@ def real_prompts(shared, subset):
     with gzip.open(shared / "data" / "hh-rlhf" / f"{subset}.test.jsonl.gz", "rt", encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             try:
-                yield split_pair(row["chosen"], row["rejected"]).prompt
+                yield split_pair(row["chosen"], row["rejected"])[0]
             except DataError:
                 continue
 
