@@ -45,8 +45,8 @@ def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, r
     step = trainer.state.global_step if best is None else best
     replies = samples.measure(trainer.model, step, trainer.reference_context())
     found |= {name.removeprefix("eval_"): value for name, value in replies.items()}
-    if recipe.data.source == "toy" and run.is_writer:
-        found["win_rate"] = dataclasses.asdict(_toy_win_rate([row for row in run.samples() if row["split"] == "test"]))
+    if recipe.data.source == "toy":
+        found["win_rate"] = dataclasses.asdict(_toy_win_rate(samples.rows))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import netrc
@@ -12,7 +13,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
-from alignlab.disk import append_line
+from alignlab.disk import append_line, sync, write_json
 from alignlab.errors import ModelError
 from alignlab.guards import Alarm, alarms
 from alignlab.recipe import MonitorSection
-from alignlab.run import Run, mark_complete
+from alignlab.run import Run, mark_complete, read_state
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,18 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:  # a summary: the manifest holds it
-            row = {"step": state.global_step, "time": round(time.time(), 3), **rewrite_logs(logs)}
+            row = _metrics_row({**logs, "step": state.global_step}, time=round(time.time(), 3))
             append_line(self.run.metrics_file, row)
+
+
+def logged_rows(checkpoint: Path) -> list[dict[str, Any]]:
+    """What had been logged when the checkpoint was written, as `metrics.jsonl` has it, but without times."""
+    return [_metrics_row(entry) for entry in read_state(checkpoint)["log_history"]]
+
+
+def _metrics_row(entry: Mapping[str, Any], **time: float) -> dict[str, Any]:
+    logs = {key: value for key, value in entry.items() if key != "step"}
+    return {"step": entry["step"], **time, **rewrite_logs(logs)}
 
 
 class Progress(ProgressCallback):
@@ -81,12 +92,78 @@ class Progress(ProgressCallback):
             self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
 
 
+class CarriedOver(TrainerCallback):
+    """Keeps in each checkpoint what transformers leaves out of it (5.23), and takes it up where a run goes on.
+
+    That is a half-filled logging window, TRL's averages and token count in it, and what the run has taken so far.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.began = time.monotonic()
+        self.peak_memory = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        file = self._file(args, state)
+        if not file.is_file():  # a new run, or one that goes on with more processes
+            return
+        found, trainer = json.loads(file.read_text()), self.trainer
+        trainer._tr_loss += found["loss"]
+        trainer._globalstep_last_logged = found["last_logged"]
+        trainer._metrics["train"].update(found["averages"])
+        trainer._total_train_tokens = found["tokens"]
+        trainer.samples.seconds += found["sampling_seconds"]
+        self.began -= found["seconds"]
+        self.peak_memory = found["peak_memory"]
+
+    def on_save(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        found = {
+            "loss": trainer._tr_loss.item(),
+            "last_logged": trainer._globalstep_last_logged,
+            "averages": trainer._metrics["train"],
+            "tokens": trainer._total_train_tokens,
+            "sampling_seconds": trainer.samples.seconds,
+            "seconds": self.seconds,
+            "peak_memory": self.peak(),
+        }
+        write_json(self._file(args, state), found)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in all starts of the run that led to where it is."""
+        return time.monotonic() - self.began
+
+    def peak(self) -> int:
+        """The peak of memory in bytes, in all these starts."""
+        return max(self.peak_memory, peak_memory())
+
+    def _file(self, args, state) -> Path:
+        return _checkpoint(args, state.global_step) / f"carried_over_{args.process_index}.json"
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks a checkpoint as whole once everything in it is written; one without the mark is never resumed from."""
 
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Finds the best checkpoint of a run that was moved since it was written."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
+
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes a part
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            sync(self.run.metrics_file)
+            sync(self.run.samples_file)
+            mark_complete(_checkpoint(args, state.global_step))
+
+
+def _checkpoint(args, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -98,10 +175,13 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops; a second one stops at once."""
+    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops; a second one stops at once.
+
+    Training is told to stop only behind the checkpoint: one that holds the order to stop is the end of its run.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.stopping = False
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -110,11 +190,16 @@ class StopOnInterrupt(TrainerCallback):
                 self.before[number] = signal.signal(number, self._ask)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.asked = _any_process(self.asked)  # or one would wait in vain for another that has stopped
-        if self.asked:
-            control.should_log = control.should_save = control.should_training_stop = True
+        self.stopping = _any_process(self.asked)  # or one would wait in vain for another that has stopped
+        if self.stopping:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.stopping = _any_process(self.asked)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -21,12 +22,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from alignlab import typed
-from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
+from alignlab.disk import hash_file, read_lines, sync, write_json, write_lines, write_text
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate
 from alignlab.fields import suggest
 from alignlab.recipe import LONGEST_NAME
 from alignlab.written import find_recipe
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")  # holds a folder of runs for each recipe
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
@@ -308,10 +311,13 @@ class Run:
         return self.has_started and self.manifest.status == "finished"
 
     def metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.metrics_file)
+        return read_lines(self.metrics_file, step=int)
 
     def samples(self) -> list[dict[str, Any]]:
-        return read_lines(self.samples_file)
+        return read_lines(self.samples_file, step=int, split=str, prompt=str, reply=str)
+
+    def scores(self) -> list[dict[str, Any]]:
+        return read_lines(self.scores_file, split=str, pair=int, chosen=float, rejected=float)
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the manifest, whole or not at all; what another version has written there stays."""
@@ -432,13 +438,24 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def cut_back(run: Run, step: int) -> None:
-    """Leaves only what was logged up to `step`, which is where training goes on."""
-    for file in (run.metrics_file, run.samples_file):
-        if file.is_file():
-            write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
+def cut_back(run: Run, step: int, logged: Sequence[Mapping[str, Any]]) -> None:
+    """Leaves of the logs what training goes on from: the rows of `logged`, and replies up to `step`.
+
+    A row that the file has lost is written again, without its time. Replies on the test split go, since they are drawn
+    after training, and would be there twice.
+    """
+    found = {_timeless(row): row for row in run.metrics()}
+    rows = [found.get(_timeless(row), row) for row in logged]
+    if lost := sum("time" not in row for row in rows):
+        log.warning("%s had lost %d of %d rows; they are back, without their times", run.metrics_file, lost, len(rows))
+    write_lines(run.metrics_file, rows)
+    write_lines(run.samples_file, [row for row in run.samples() if row["step"] <= step and row["split"] != "test"])
     if run.manifest.warnings:
         run.note(warnings=[warning for warning in run.manifest.warnings if warning.step <= step])
+
+
+def _timeless(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in row.items() if key != "time"}, sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -547,7 +564,9 @@ def _git_commit() -> str | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Writes the marker that makes a checkpoint count: the size and hash of each of its files."""
+    """Writes the marker that makes a checkpoint count, once its files are on the disk: the size and hash of each."""
+    for file in _files(checkpoint):
+        sync(file)
     write_json(checkpoint / MARKER, {str(f.relative_to(checkpoint)): _seal(f) for f in _files(checkpoint)})
 
 
@@ -561,14 +580,25 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def last_whole_checkpoint(run: Run) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that is whole, and the newer ones that are not."""
+    """The newest checkpoint that is whole, with the best one that it names, and the newer ones that are not."""
     found = [p for p in run.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     damaged = []
     for checkpoint in sorted(found, key=step_of, reverse=True):
-        if is_whole(checkpoint):
+        if is_whole(checkpoint) and is_whole(best_of(checkpoint)):
             return checkpoint, damaged
         damaged.append(checkpoint)
     return None, damaged
+
+
+def best_of(checkpoint: Path) -> Path:
+    """The best checkpoint up to this one, which is beside it; itself where there is none."""
+    best = read_state(checkpoint)["best_global_step"]
+    return checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer knew when it wrote the checkpoint: `log_history`, `best_global_step` and more."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -92,7 +92,7 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         _train(trainer, recipe, run, pairs, checkpoint)
         began = time.monotonic()
         figures = figures_on_test(trainer, recipe, pairs, run)
-        _note_times(run, figures=time.monotonic() - began)
+        run.note(figures_seconds=round(time.monotonic() - began, 1))
         _finish(trainer, run, test=figures)
     return run
 
@@ -228,9 +228,11 @@ def _resume_point(run: Run) -> Path | None:
     checkpoint, damaged = runs.last_whole_checkpoint(run)
     for broken in damaged:
         log.warning("%s is not whole and is removed; going on from %s", broken, checkpoint or "the start")
+    _processes().wait_for_everyone()
     if _processes().is_main_process:
         runs.remove_checkpoints(damaged)
-        runs.cut_back(run, runs.step_of(checkpoint) if checkpoint else -1)
+        step, logged = (runs.step_of(checkpoint), monitor.logged_rows(checkpoint)) if checkpoint else (-1, [])
+        runs.cut_back(run, step, logged)
     _processes().wait_for_everyone()
     if checkpoint:
         log.info("resuming from %s", checkpoint)
@@ -242,11 +244,13 @@ def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path 
     prompts = held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
     trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer), trainer.identity)
     _say_what_is_repeated(trainer, len(pairs.validation))
-    began = time.monotonic()
+    if run.is_writer:
+        trainer.samples.say_what_is_lost()
     with monitor.wandb_run(run, recipe.name):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _note_times(run, training=time.monotonic() - began, sampling=trainer.samples.seconds)
-    if interrupt.asked:
+    training, sampling = trainer.carried_over.seconds, trainer.samples.seconds
+    run.note(training_seconds=round(training, 1), sampling_seconds=round(sampling, 1))
+    if interrupt.stopping:
         step = trainer.state.global_step
         run.note(status="stopped", stop_reason=f"interrupted at step {step}")
         raise KeyboardInterrupt(f"stopped at step {step} with a checkpoint; the same command goes on from there")
@@ -260,8 +264,9 @@ def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt
     for callback in (ProgressCallback, PrinterCallback):  # `monitor.Progress` takes their place
         trainer.remove_callback(callback)
     interrupt = monitor.StopOnInterrupt()
+    trainer.carried_over = monitor.CarriedOver(trainer)
     own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
-    own += [monitor.MetricsFile(run), monitor.WholeCheckpoints()]
+    own += [monitor.MetricsFile(run), trainer.carried_over, monitor.WholeCheckpoints(run)]
     if isinstance(trainer, AlignDPOTrainer):
         limits = recipe.monitor
         run.note(limits={"max_kl": limits.max_kl, "max_accuracy": limits.max_accuracy, "action": limits.action})
@@ -292,12 +297,6 @@ def _say_what_is_repeated(trainer, held_out: int) -> None:
         log.info(
             "held-out figures count %d of %d rows twice, to give %d processes as many each", short, held_out, world
         )
-
-
-def _note_times(run: Run, **seconds: float) -> None:
-    """Adds to what earlier starts of the same run have taken."""
-    names = {f"{name}_seconds": value for name, value in seconds.items()}
-    run.note(**{name: round((getattr(run.manifest, name) or 0) + value, 1) for name, value in names.items()})
 
 
 def _parent(sft: Run | None, start: models.Start) -> Parent:
@@ -388,7 +387,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
         world_size=_processes().num_processes,
-        peak_memory_gib=round(monitor.peak_memory() / 2**30, 2),
+        peak_memory_gib=round(trainer.carried_over.peak() / 2**30, 2),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     )

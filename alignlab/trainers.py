@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +18,13 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab import heldout
+from alignlab.errors import RunError
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
 from alignlab.model import load_adapters
-from alignlab.monitor import Guard
+from alignlab.monitor import CarriedOver, Guard
 from alignlab.packing import decide, share_prefixes
+from alignlab.run import is_whole
 from alignlab.samples import Samples
 from alignlab.store import ReferenceIdentity
 
@@ -39,20 +40,32 @@ class _Seams:
 
     samples: Samples | None = None
     guard: Guard | None = None
+    carried_over: CarriedOver | None = None
     identity: ReferenceIdentity | None = None  # of the reference, where the store may know it
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
+        """Restores adapters bit for bit."""
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, Path(checkpoint))
         else:
             super()._load_from_checkpoint(checkpoint, model)
-        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-        self._total_train_tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Trains nothing where the checkpoint was written at the end of training: its order to stop is in it.
+
+        Trainer would forget that order, and ask whether it is at the end only after one more step (transformers 5.23).
+        """
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not is_whole(best):
+            raise RunError(f"{best} has changed since it was written; the same command trains again from a whole one")
         if isinstance(self.model, PeftModel):
-            load_adapters(self.model, Path(self.state.best_model_checkpoint))
+            load_adapters(self.model, best)
         else:
             super()._load_best_model()
 

@@ -191,7 +191,11 @@ def test_a_saved_checkpoint_is_marked_as_whole(args, tmp_path):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     assert not is_whole(folder)
-    WholeCheckpoints().on_save(args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl())
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "samples.jsonl").touch()
+    WholeCheckpoints(Run(tmp_path)).on_save(
+        args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl()
+    )
     assert is_whole(folder)
 
 
