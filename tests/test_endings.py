@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import same, weights
+from commands import same
 
 from alignlab.monitor import EvaluateAtEnd
 from alignlab.recipe import load_recipe
