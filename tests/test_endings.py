@@ -106,11 +106,11 @@ def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, e
     settings = [f"{stage}.lr_scheduler_type={scheduler}", *(each.replace("STAGE", stage) for each in settings)]
     name = f"{stage}-{ending}-{scheduler}"
     whole = start(stage, settings, f"{name}-whole")
-    assert whole.manifest["stop_reason"].startswith(said)
+    assert whole.manifest.stop_reason.startswith(said)
     once, twice = f"{name}-once", f"{name}-twice"
     if ending == "asked":
         for each in (once, twice):
-            assert start(stage, settings, each, stop_at=3).manifest["status"] == "stopped"
+            assert start(stage, settings, each, stop_at=3).manifest.status == "stopped"
     start(stage, settings, once, code=-signal.SIGKILL, die_at=BEFORE_THE_MODEL)
     if ending != "guard":  # which has no checkpoint to load
         start(stage, settings, twice, code=-signal.SIGKILL, die_at=AFTER_TRAINING)
@@ -119,9 +119,9 @@ def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, e
         ended = start(stage, settings, killed)
         same(ended, whole)
         for key in ("stop_reason", "steps", "best_step", "warnings", "probe"):
-            assert ended.manifest.get(key) == whole.manifest.get(key)
+            assert getattr(ended.manifest, key) == getattr(whole.manifest, key)
         assert ended.scores() == whole.scores()
-        assert ended.manifest["training_seconds"] < 2 * whole.manifest["training_seconds"] + 5
+        assert ended.manifest.training_seconds < 2 * whole.manifest.training_seconds + 5
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -130,11 +130,11 @@ def test_stopped_between_two_log_lines_a_run_goes_on_with_the_rows_of_one_that_w
     settings = [f"{stage}.max_steps=5"]
     whole = start(stage, settings, f"{stage}-unstopped")
     stopped = start(stage, settings, f"{stage}-stopped", stop_at=3)
-    assert stopped.manifest["stop_reason"] == "interrupted at step 3"
+    assert stopped.manifest.stop_reason == "interrupted at step 3"
     assert max(row["step"] for row in stopped.metrics()) == 2
     start(stage, settings, f"{stage}-stopped")
     same(stopped, whole)
-    assert stopped.manifest["stop_reason"] == whole.manifest["stop_reason"]
+    assert stopped.manifest.stop_reason == whole.manifest.stop_reason
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -144,7 +144,7 @@ def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start)
     whole = start(stage, settings, f"{stage}-in-place")
     start(stage, settings, f"{stage}-first", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     shutil.move(whole.path.with_name(f"{stage}-first"), whole.path.with_name(f"{stage}-moved"))
-    assert whole.manifest["best_step"] < whole.manifest["steps"]
+    assert whole.manifest.best_step < whole.manifest.steps
     same(start(stage, settings, f"{stage}-moved"), whole)
 
 
@@ -154,7 +154,7 @@ def test_a_best_checkpoint_that_has_changed_is_not_loaded(start):
     whole = start("sft", settings, "sft-sound")
     start("sft", settings, "sft-rotten", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     rotten = Run(whole.path.with_name("sft-rotten"))
-    file = rotten.checkpoints / f"checkpoint-{whole.manifest['best_step']}" / "adapter_model.safetensors"
+    file = rotten.checkpoints / f"checkpoint-{whole.manifest.best_step}" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
     content[-9] ^= 1
     file.write_bytes(content)
