@@ -29,7 +29,7 @@ from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
 from alignlab.errors import RunError
 from alignlab.figures import figures_on_test, held_out_prompts
-from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
+from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
@@ -41,6 +41,7 @@ from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 log = logging.getLogger(__name__)
 
 
+@together()
 def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """Supervised fine-tuning on the chosen replies (loss over the reply only); a finished run is left as it is."""
     with _opened(recipe, "sft", root, name, force) as run:
@@ -71,6 +72,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
     return run
 
 
+@together()
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
     sft, section, start = _start(recipe, root)
@@ -170,7 +172,8 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
         else:
             _say_what_it_needs(recipe, stage, run)
             monitor.start_peak_memory()
-        yield run
+        with together():  # so that the manifest has this as its reason
+            yield run
 
 
 @functools.cache  # once a process: each member of a sweep asks for the SFT run
