@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from alignlab.errors import AlignlabError
+from alignlab.launch import Killed, leave
 from alignlab.options import read_arguments
 
 QUIET = {
@@ -39,12 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CALLS[args.command](args) or 0
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
+    except Killed as e:
+        return _say(f"{e}; the same command goes on from the last checkpoint", 128 + e.number)
     except AlignlabError as e:
         return _fail(str(e), args)
     except Exception as e:
         if not _is_full_disk(e):
             raise
         return _fail("no space left on the disk; make room, and the same command goes on from where it was", args)
+    finally:
+        leave()
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -227,10 +232,18 @@ def _sweep(args: argparse.Namespace) -> int | None:
 
 def _launch(args: argparse.Namespace, recipe) -> int:
     from alignlab.launch import launch
+    from alignlab.recipe import run_name
+    from alignlab.run import Run
 
     own = [args.command, args.recipe, *args.overrides, *(["--run", args.run] if args.run else [])]
     own += ["--force"] * args.force + ["--debug"] * args.debug
-    return launch(Path(args.launch), recipe.model, own, args.processes)
+    try:
+        return launch(Path(args.launch), recipe.model, own, args.processes)
+    except Killed as e:
+        run = Run(Path("runs") / recipe.name / (args.run or run_name(recipe, args.command)))
+        if run.has_started and not run.is_finished:
+            run.note(status="failed", stop_reason=str(e))
+        raise
 
 
 def _recipe(args: argparse.Namespace):

@@ -135,6 +135,7 @@ class Manifest:
     finished: str | None = None
     planned_gib: float | None = None
     peak_memory_gib: float | None = None
+    made_from: Mapping[str, Any] = field(default_factory=dict)  # what else its result depends on, by content
     data: Rows | None = None
     sft_data: Rows | None = None  # where SFT learns from other data
     base: Base | None = None
@@ -518,13 +519,27 @@ def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) ->
     if not run.has_started or not (manifest := run.manifest).consumed:
         return
     before, after = _flat(manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
-    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
-        named = ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
+    if changed := _changed(before, after, before.keys() | after.keys()):
         raise RunError(
-            f"{run.path} was made from other settings: {named}; "
+            f"{run.path} was made from other settings: {changed}; "
             f"name a new run with --run, or train it again with --force"
         )
     assert manifest.stage == stage, f"{run.path} holds a {manifest.stage} run"
+
+
+def refuse_other_origin(run: Run, made_from: Mapping[str, Any]) -> None:
+    """Refuses a run whose data, weights or way of writing have changed since it was made or begun."""
+    before = run.manifest.made_from
+    if changed := _changed(before, made_from, before.keys()):
+        raise RunError(
+            f"{run.path} was made from something else: {changed}; "
+            f"bring that back, or train it again (alignlab {run.manifest.stage} --force)"
+        )
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Iterable[str]) -> str:
+    changed = sorted(key for key in keys if before.get(key) != after.get(key))
+    return ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
 from alignlab.data.pairing import CUT
+from alignlab.disk import digest
 from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.format import FIXED_DAY, Format
-from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
+from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
@@ -43,14 +44,20 @@ from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 log = logging.getLogger(__name__)
 
 
+@together()
 def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """Supervised fine-tuning on the chosen replies (loss over the reply only); a finished run is left as it is."""
     with _opened(recipe, "sft", root, name, force) as run:
-        if run.is_finished:
-            return run
         section = with_weights(recipe).model
-        tokenizer, pairs = _prepared(recipe, run)
+        tokenizer, pairs = prepare_data(recipe)
         replies = prepare_replies(recipe.data, tokenizer, pairs)
+        base = models.identify(section)
+        made_from = _made_from(recipe, tokenizer, pairs, base)
+        if replies is not pairs:
+            made_from["data for SFT"] = replies.fingerprint
+        if _is_made(run, made_from):
+            return run
+        _note_data(run, pairs)
         rows, held_out = sft_rows(replies.train), sft_rows(replies.validation)
         doubles = len(replies.train) - len(rows)
         log.info("data: %d replies to learn from; %d more rows hold one of them again", len(rows), doubles)
@@ -65,7 +72,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         trainer = AlignSFTTrainer(policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
         if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section), base_probe=trainer.probe(trainer.model, pairs.validation))
+        run.note(base=base, base_probe=trainer.probe(trainer.model, pairs.validation))
         _train(trainer, recipe, run, pairs, checkpoint)
         scores = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
         probe = trainer.probe(trainer.model, pairs.validation)
@@ -73,19 +80,21 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
     return run
 
 
+@together()
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
     sft, section, start = _start(recipe, root)
     parent = _parent(sft, start)
     with _opened(recipe, "dpo", root, name, force) as run:
-        _refuse_other_parent(run, parent)
-        if run.is_finished:
+        tokenizer, pairs = prepare_data(recipe)
+        base = models.identify(section)
+        made_from = _made_from(recipe, tokenizer, pairs, base) | {"start weights": parent.weights or parent.start}
+        if _is_made(run, made_from):
             return run
-        tokenizer, pairs = _prepared(recipe, run)
+        _note_data(run, pairs)
         checkpoint = _resume_point(run)
         here = _here(run.checkpoints, len(pairs.train), checkpoint)
         trainer = _dpo_trainer(recipe, section, start, here, tokenizer, pairs)
-        base = models.identify(section)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
         trainer.identity = _identify_reference(trainer, section, start, base)
@@ -167,12 +176,28 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
         return
     with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
         state.wait_for_everyone()
-        if run.is_finished:
-            _say_finished(run.path, run.manifest.stop_reason)
-        else:
+        if not run.is_finished:
             _say_what_it_needs(recipe, stage, run)
             monitor.start_peak_memory()
-        yield run
+        with together():  # so that the manifest has this as its reason
+            yield run
+
+
+def _made_from(recipe: Recipe, tokenizer, pairs: Prepared, base: Mapping[str, Any]) -> dict[str, Any]:
+    """By content, what decides the result of a run besides its settings."""
+    template = tokenizer.chat_template if recipe.data.format == "chat" else None
+    base_weights = base.get("weights") or base["revision"]
+    return {"data": pairs.fingerprint, "base weights": base_weights, "chat template": template and digest(template)}
+
+
+def _is_made(run: Run, made_from: Mapping[str, Any]) -> bool:
+    """Whether the run is finished; RunError where it was made from something else than it would be now."""
+    runs.refuse_other_origin(run, made_from)
+    if run.is_finished:
+        _say_finished(run.path, run.manifest.stop_reason)
+        return True
+    run.note(made_from=made_from)
+    return False
 
 
 @functools.cache  # once a process: each member of a sweep asks for the SFT run
@@ -243,12 +268,10 @@ def _say_how_it_is_written(model: str, form: Format, cut: int) -> None:
         models.say_once(f"{cut} replies are cut at data.max_reply_tokens, so that their end is not learned")
 
 
-def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
-    tokenizer, pairs = prepare_data(recipe)
-    if _processes().is_main_process:
+def _note_data(run: Run, pairs: Prepared) -> None:
+    if run.is_writer:
         shutil.copyfile(pairs.dropped_rows, run.dropped_file)
         run.note(data=_facts_of(pairs))
-    return tokenizer, pairs
 
 
 def _facts_of(prepared: Prepared) -> dict[str, Any]:
@@ -380,15 +403,6 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
     run.note(stored_reference=stored)
     return dataclasses.replace(pairs, **filled)
-
-
-def _refuse_other_parent(run: Run, parent: Parent) -> None:
-    before = run.manifest.parent
-    if before and before != parent:
-        raise RunError(
-            f"{run.path} was trained from {before}, and would start from {parent}; "
-            f"name a new run with --run, or train it again with --force"
-        )
 
 
 def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:

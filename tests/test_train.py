@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -145,13 +146,64 @@ def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
     """The folder is the same and the reference would be another: nothing goes on from there in silence."""
     sft = train_sft(recipe(), root=tmp_path)
     from_there = recipe("llama", f"model.start={sft.model}", "dpo.max_steps=2", "dpo.eval_steps=1")
-    run = train_dpo(from_there, root=tmp_path)
-    file = sft.model / "adapter_model.safetensors"
-    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
-    with pytest.raises(RunError, match="and would start from"):
+    train_dpo(from_there, root=tmp_path)
+    double_the_weights(sft.model / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"was made from something else: start weights was '\w+', is '\w+'; bring"):
         train_dpo(from_there, root=tmp_path)
-    run.note(parent={"start": str(sft.model)})  # as runs say that were made before the weights were kept
-    assert train_dpo(from_there, root=tmp_path).is_finished
+
+
+def double_the_weights(file: Path) -> None:
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own(folders, of_seconds, tmp_path):
+    """A recipe whose model, chat template and rows are files of its own, in `tmp_path`."""
+    shutil.copytree(folders["llama"], tmp_path / "base")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rows = [{"prompt": f"What is {n}?", "chosen": f"{n}, a number.", "rejected": "No."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data: {{format: chat, path: {tmp_path}/rows.jsonl, max_prompt_tokens: 80, max_reply_tokens: 48}}"
+    lines = of_seconds(tmp_path / "base").splitlines()
+    (tmp_path / "own.yaml").write_text("\n".join(data if line.startswith("data:") else line for line in lines))
+    return load_recipe(str(tmp_path / "own.yaml"), ["sft.max_steps=2", "sft.eval_steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: without_the_last_row(folder / "rows.jsonl"), "data was"),
+        (lambda folder: double_the_weights(folder / "base" / "model.safetensors"), "base weights was"),
+        (lambda folder: other_template(folder / "base" / "chat_template.jinja"), "chat template was"),
+    ],
+    ids=["data", "base weights", "chat template"],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_made_from_something_else_is_refused_and_keeps_its_facts(finished, change, said, own, tmp_path):
+    run = train_sft(own, root=tmp_path)
+    if not finished:
+        run.note(status="stopped")
+    made_from = run.manifest.made_from
+    change(tmp_path)
+    with pytest.raises(RunError, match=r"/own/sft-.* was made from something else: ") as refused:
+        train_sft(own, root=tmp_path)
+    assert said in str(refused.value) and str(refused.value).endswith("or train it again (alignlab sft --force)")
+    with pytest.raises(RunError, match=r"/own/sft-.* was made from something else: "):
+        train_dpo(own, root=tmp_path)
+    assert run.manifest.made_from == made_from and run.manifest.data.fingerprint == made_from["data"]
+    assert train_sft(own, root=tmp_path, force=True).manifest.made_from != made_from
+
+
+def without_the_last_row(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+def other_template(file: Path) -> None:
+    """One that writes every dialogue as before, and another word only where somebody calls a tool."""
+    file.write_text(file.read_text() + "{% if tools %}tools{% endif %}")
 
 
 def test_a_full_model_as_start_gets_a_fresh_adapter_and_is_the_reference(recipe, folders, tmp_path):
