@@ -25,6 +25,7 @@ from transformers import (
 
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
+from alignlab.hub import stay_offline_without_hub
 from alignlab.recipe import ModelSection
 from alignlab.run import hash_file
 
@@ -315,6 +316,8 @@ def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
+    if not Path(name).exists():
+        stay_offline_without_hub()
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as e:
