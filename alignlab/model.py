@@ -30,6 +30,7 @@ from alignlab.disk import hash_file
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
 from alignlab.format import Format, Stops, own_template, training_template, with_settings
+from alignlab.hub import stay_offline_without_hub
 from alignlab.recipe import ModelSection
 from alignlab.rules import LIMITS, whole_modules_conflict
 
@@ -381,6 +382,8 @@ def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
+    if not Path(name).exists():
+        stay_offline_without_hub()
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as e:

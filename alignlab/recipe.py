@@ -42,6 +42,7 @@ class SFTDataSection:
     path: str | list[str] | None = None  # as data.path; none: SFT learns the chosen replies
     source: Source | None = None
     subset: str | None = None
+    config: str | None = None
     split: str = "train"
     columns: Mapping[str, str] = field(default_factory=dict)
 
@@ -51,6 +52,7 @@ class DataSection:
     source: Source | None = None  # what a row means; none: recognised from the columns of each path, and said
     path: str | list[str] | None = None  # hub id, folder or file (alignlab.files.READERS); several are concatenated
     subset: str | None = None  # a folder inside `path`, such as helpful-base
+    config: str | None = None  # of a hub dataset that has several
     columns: Mapping[str, str] = field(default_factory=dict)  # of other names than known: {prompt: question, …}
     split: str = "train"  # the hub split that is trained on, such as train_prefs
     test_split: str | None = "test"  # the split kept for the test rows, where the data has one of that name

@@ -5,8 +5,10 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from alignlab.data import preparation, prepare, sft_rows, write_pairs
 from alignlab.data.layouts import find_reader
 from alignlab.data.pairing import CUT, FOLDED, SHORTENED
+from alignlab.data.rows import configs_named
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
 from alignlab.recipe import DataSection, ToySection
@@ -524,6 +527,29 @@ def test_a_hub_that_cannot_be_reached_and_one_that_refuses_say_what_to_do(refusi
     assert unknown.startswith(DataError.__name__) and "data.path" in unknown
     assert offline.startswith(MachineError.__name__) and "cannot be reached" in offline and "data.path" in offline
     assert not any("\n" in answer for answer in (gated, unknown, offline))
+
+
+def test_a_hub_that_gives_no_answer_is_one_line_within_seconds(tmp_path):
+    """A port that refuses, and one that takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        for port in (9, silent.getsockname()[1]):
+            said = hub_error("some/thing", HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(tmp_path))
+            assert said.startswith(MachineError.__name__) and "cannot be reached" in said and "\n" not in said
+        assert time.monotonic() - began < 40, "each takes the libraries' imports and at most 5 s"
+
+
+def test_a_dataset_of_several_configs_lists_them_all(tmp_path):
+    import datasets
+
+    front = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("en", "fr", "de"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{front}---\n")
+    for name in ("en", "fr", "de"):
+        write_lines(tmp_path / f"{name}.jsonl", dialogues(1))
+    for config in (None, "es"):
+        with pytest.raises(ValueError) as error:
+            datasets.load_dataset(str(tmp_path), config)
+        assert sorted(configs_named(str(error.value))) == ["de", "en", "fr"]
 
 
 # What is made of the pairs

@@ -107,7 +107,7 @@ def prepare_replies(
     if not section.sft.path:
         return pairs
     sft = section.sft
-    own = {name: getattr(sft, name) for name in ("source", "path", "subset", "split", "columns")}
+    own = {name: getattr(sft, name) for name in ("source", "path", "subset", "config", "split", "columns")}
     other = replace(section, **own, test_split=None, test_share=0.0)
     form = Format(section.format, tokenizer, chat_template)
     held_out = {split: pairs.dialogues[split] for split in ("validation", "test")}

@@ -20,7 +20,15 @@ PREPARING = (
     *("data/layouts", "data/ledger", "data/messages", "data/pairing", "data/preparation", "data/rows", "data/splits"),
 )
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-ELSEWHERE = ("path", "subset", "source", "sft", "toy")  # said by the parts themselves, or read by somebody else
+ELSEWHERE = (
+    "path",
+    "subset",
+    "config",
+    "columns",
+    "source",
+    "sft",
+    "toy",
+)  # said by the parts themselves, or read by somebody else
 
 
 def identify(section: DataSection, form: Format, parts: Sequence[Part], more: Any) -> dict[str, Any] | None:

@@ -403,7 +403,7 @@ def _winner(fields: Fields) -> int | None:
 def find_ranked(sample: Sample) -> Columns | None:
     """A list of answers and, where there is one, a list of numbers beside it that a known name orders."""
     answers = _columns(sample, answers=ANSWERS)
-    if not answers or not _mostly(sample[answers["answers"]], lambda value: isinstance(value, (list, Mapping))):
+    if not answers or not _mostly(sample[answers["answers"]], _is_list):
         return None
     rest = _without(sample, answers.values())
     asked = _asked_columns(rest)
@@ -417,11 +417,16 @@ def find_ranked(sample: Sample) -> Columns | None:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return isinstance(_unpacked(value), list | Mapping)
+
+
+def _unpacked(value: Any) -> Any:
+    """A list that is stored as text, as CSV has it; anything else as it is."""
+    return read_json(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
 
 
 def _has_numbers(value: Any) -> bool:
-    return any(_as_number(item) is not None for item in value)
+    return any(_as_number(item) is not None for item in _unpacked(value))
 
 
 def _order_in(names: Iterable[str]) -> tuple[str | None, str | None]:
@@ -464,6 +469,7 @@ def _which(order: Sequence[int], rule: str) -> list[tuple[int, int]]:
 
 def _listed(answers: Any) -> list[Any]:
     """A list, also where it is kept as one object of lists, which `datasets` makes of a list of objects."""
+    answers = _unpacked(answers)
     if isinstance(answers, Mapping):
         lists = {name: values for name, values in answers.items() if isinstance(values, list)}
         if len({len(values) for values in lists.values()}) == 1:
@@ -485,9 +491,10 @@ def _answer_scores(fields: Fields, answers: Sequence[Any], by_place: bool) -> li
     """A number for each answer, the higher the better."""
     for name, sign in (("scores", 1), ("ranks", -1)):
         if fields.get(name) is not None:
-            if not isinstance(fields[name], list) or len(fields[name]) != len(answers):
+            numbers = _unpacked(fields[name])
+            if not isinstance(numbers, list) or len(numbers) != len(answers):
                 raise DataError(f"the field {name!r} does not hold a number for each of 'answers'")
-            return [sign * _score({name: value}, name) for value in fields[name]]
+            return [sign * _score({name: value}, name) for value in numbers]
     objects = [answer for answer in answers if isinstance(answer, Mapping)]
     keys = dict.fromkeys(key for answer in objects for key in answer if key not in ANSWER_TEXTS)
     score, rank = _order_in(keys)

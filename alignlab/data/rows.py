@@ -6,6 +6,7 @@ brings none, but its rows may, in a field `split`.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import logging
@@ -24,6 +25,7 @@ from alignlab.data.splits import HELD_OUT, SPLITS, absent_split, splits_named
 from alignlab.errors import DataError, MachineError, RecipeError
 from alignlab.fields import suggest
 from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
+from alignlab.hub import stay_offline_without_hub
 from alignlab.recipe import DataSection
 
 log = logging.getLogger(__name__)
@@ -85,6 +87,10 @@ def find_parts(section: DataSection, key: str = "data") -> list[Part]:
 
 def _parts_of(written: str, section: DataSection, key: str) -> list[Part]:
     path = Path(written).expanduser()
+    if path.exists() and section.config:
+        raise DataError(
+            f"{written}: {key}.config is of a hub dataset, and this is here; {key}.subset names a folder in it"
+        )
     if path.is_dir():
         files = _folder_files(path, section)
         named = {file.relative_to(path).as_posix(): _file_part(written, file) for file in files}
@@ -96,7 +102,7 @@ def _parts_of(written: str, section: DataSection, key: str) -> list[Part]:
             log.warning("data.subset=%s is not used: data.path names one file", section.subset)
         return [_file_part(written, path)]
     _refuse_missing_path(path, written)
-    tables = _load_hub(written, section.subset)
+    tables = _load_hub(written, section, key)
     return _parts(written, {name: _table_part(written, table) for name, table in tables.items()}, section, key)
 
 
@@ -350,13 +356,14 @@ def _refuse_missing_path(path: Path, written: str) -> None:
 # Hub
 
 
-def _load_hub(name: str, subset: str | None) -> dict[str, Any]:
+def _load_hub(name: str, section: DataSection, key: str) -> dict[str, Any]:
     """The splits of a hub dataset, downloaded or from the hub's cache."""
     import datasets
 
-    local = "or download it elsewhere and point data.path at the folder"
+    stay_offline_without_hub()
+    local = f"or download it elsewhere and point {key}.path at the folder"
     try:
-        return dict(datasets.load_dataset(name, data_dir=subset))
+        return dict(datasets.load_dataset(name, section.config, data_dir=section.subset))
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise MachineError(
@@ -364,7 +371,7 @@ def _load_hub(name: str, subset: str | None) -> dict[str, Any]:
             ) from error
         raise DataError(
             f"{name}: neither a file or folder here nor a dataset on the hub (a private one needs"
-            " `hf auth login`); check data.path"
+            f" `hf auth login`); check {key}.path"
         ) from error
     except (ConnectionError, TimeoutError) as error:
         raise MachineError(
@@ -372,7 +379,16 @@ def _load_hub(name: str, subset: str | None) -> dict[str, Any]:
             f" ({str(error).splitlines()[0]}); connect, {local}"
         ) from error
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        if configs := configs_named(str(error)):
+            near = suggest(section.config, configs) if section.config else ""
+            raise DataError(f"{name}: set {key}.config to one of {', '.join(configs)}{near}") from error
         raise DataError(f"{name}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from error
+
+
+def configs_named(message: str) -> list[str]:
+    """The configs that `datasets` lists where one is missing or unknown."""
+    listed = re.search(r"(?:available configs|Available): (\[.*?\])", message, re.DOTALL)
+    return ast.literal_eval(listed[1]) if listed else []
 
 
 def _table_rows(table: Any, name: str) -> Iterator[Row]:
