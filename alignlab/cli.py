@@ -96,21 +96,19 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report import find_runs, runs_folder, write_report
+    from alignlab.report import find_runs, write_report
+    from alignlab.run import find_run
 
-    paths = [] if args.best else find_runs(args.recipe, args.run)
-    if args.best:
-        from alignlab.sweep.choice import chosen_run
-
-        paths = [chosen_run(runs_folder(args.recipe))]
+    paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
     for path in paths:
         print(write_report(path))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from alignlab.report import last_run, write_comparison
+    from alignlab.report import write_comparison
+    from alignlab.run import find_run
 
-    print(write_comparison([last_run(run) for run in args.runs], Path(args.out) if args.out else None))
+    print(write_comparison([find_run(run).path for run in args.runs], Path(args.out) if args.out else None))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -154,9 +152,11 @@ def _export(args: argparse.Namespace) -> None:
         from alignlab.export.hub import check_push
 
         check_push(args.push, args.public)
-    from alignlab.export import Wish, export, find_run, summarize
+    from alignlab.export import Wish, export, summarize
+    from alignlab.run import Run, find_run, finished
 
-    run = find_run(args.recipe, args.run, best=args.best)
+    of_recipe = not (args.best or Run(Path(args.recipe)).has_started)
+    run = finished(find_run(args.recipe, args.run or ("dpo" if of_recipe else None), best=args.best))
     wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
     made = export(run, Path(args.to), wish)
     print(summarize(made))
@@ -182,6 +182,10 @@ def _cache(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int | None:
     recipe = _recipe(args)
+    if args.run is not None:
+        from alignlab.run import check_name
+
+        check_name(args.run)
     if args.launch:
         return _launch(args, recipe)
     from alignlab import train
@@ -214,7 +218,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
             return share(members)
         table = run_members(members)
     print(render(table, members.folder))
-    return 2 if any(member["status"] == "failed" for member in table["members"]) else None
+    return 2 if any(member.status == "failed" for member in table.members) else None
 
 
 def _launch(args: argparse.Namespace, recipe) -> int:

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from alignlab.disk import cache_folder
+
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 5e-6, which YAML 1.1 reads as a string
 
 
@@ -135,10 +137,6 @@ def library_settings() -> Mapping[str, Mapping[str, Setting]]:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         _replace(path, json.dumps({name: {k: asdict(s) for k, s in of.items()} for name, of in described.items()}))
     return described
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("ALIGNLAB_CACHE") or Path.home() / ".cache" / "alignlab")
 
 
 def _versions() -> str:

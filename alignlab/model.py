@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alignlab.disk import hash_file
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
 from alignlab.format import Format, Stops, own_template, training_template, with_settings
 from alignlab.recipe import ModelSection
-from alignlab.run import hash_file
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from alignlab import toy
-from alignlab.fields import cache_folder
+from alignlab.disk import cache_folder
 from alignlab.recipe import ToySection
 
 BLOCK = 128  # tokens to a training example

@@ -123,6 +123,7 @@ SECTIONS = {"data": DataSection, "model": ModelSection, "monitor": MonitorSectio
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
 _ABSENT = object()
+LONGEST_NAME = 100  # characters of a run's
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -338,9 +339,10 @@ def run_name(recipe: Recipe, stage: str) -> str:
     chosen = {key: value for key, value in chosen.items() if value is not _ABSENT}
     parts = [_part(_short(key, stage), value, _takes_text(key)) for key, value in chosen.items()]
     name = "-".join([stage, *(text for text, _ in parts)])
-    if all(exact for _, exact in parts) and len(name) <= 100:
+    if all(exact for _, exact in parts) and len(name) <= LONGEST_NAME:
         return name
-    return f"{name[:100]}-{sha256(json.dumps(chosen).encode()).hexdigest()[:8]}"
+    digest = sha256(json.dumps(chosen).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _at(inputs: Mapping[str, Any], key: str) -> Any:

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from trl import DPOConfig
 
 from alignlab import model as models
+from alignlab.disk import digest
 from alignlab.errors import ModelError
 from alignlab.recipe import ModelSection
-from alignlab.store import IDS, RECORD, ReferenceIdentity, Shelf, digest, pair_keys, read_records, records_of
+from alignlab.store import IDS, RECORD, ReferenceIdentity, Shelf, pair_keys, read_records, records_of
 
 Pair = Mapping[str, Sequence[int]]  # prompt_ids, chosen_ids, rejected_ids
 

@@ -8,22 +8,253 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from alignlab import typed
+from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
+from alignlab.estimate import Estimate
+from alignlab.fields import suggest
+from alignlab.recipe import LONGEST_NAME
+from alignlab.written import find_recipe
 
+RUNS = Path("runs")  # holds a folder of runs for each recipe
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
+SWEEP = "sweep.json"  # beside it: the members of the last sweep, and the choice
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")  # of a run: a folder beside others, and nothing else
 MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model, by a hash of a folder's weights or by the hub's commit."""
+
+    name: str
+    weights: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """What a DPO run started from: an SFT run, or `model.start`."""
+
+    run: str | None = None
+    start: str | None = None
+    weights: str | None = None  # a hash; none where they are the hub's
+
+    def __str__(self) -> str:
+        weights = f" (weights {self.weights})" if self.weights else ""
+        return f"{self.run or self.start}{weights}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows that were read, and what became of them."""
+
+    rows: int | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)  # by split
+    dropped: Mapping[str, int] = field(default_factory=dict)  # by reason
+    repaired: Mapping[str, int] = field(default_factory=dict)  # by what was mended
+    parts: Sequence[Mapping[str, Any]] = ()  # a source each
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    platform: str | None = None
+    python: str | None = None
+    cpus: int | None = None
+    gpus: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of `monitor`: what its guards allowed."""
+
+    max_kl: float | None = None
+    max_accuracy: float | None = None
+    action: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """What a guard has said."""
+
+    guard: str
+    step: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Figures on the test split; of an SFT run the perplexity alone, and of how many replies."""
+
+    margin: Annotated[Estimate | None, Field(alias="rewards/margins")] = None
+    accuracy: Annotated[Estimate | None, Field(alias="rewards/accuracies")] = None
+    chosen: Annotated[Estimate | None, Field(alias="rewards/chosen")] = None
+    rejected: Annotated[Estimate | None, Field(alias="rewards/rejected")] = None
+    loss: Estimate | None = None
+    win_rate: Estimate | None = None  # by the toy's rule
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    n: int | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    reply_tokens: float | None = None
+    reply_tokens_stderr: float | None = None
+    eos_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a run says of itself, in `manifest.json`; what it does not know yet is none or empty."""
+
+    stage: Literal["sft", "dpo"]
+    status: Literal["running", "finished", "stopped", "failed"]
+    stop_reason: str | None = None
+    consumed: Mapping[str, Any] = field(default_factory=dict)  # the settings that its result depends on, by section
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+    machine: Machine = Machine()
+    started: str | None = None  # 2026-01-31T12:00:00Z
+    finished: str | None = None
+    planned_gib: float | None = None
+    peak_memory_gib: float | None = None
+    data: Rows | None = None
+    sft_data: Rows | None = None  # where SFT learns from other data
+    base: Base | None = None
+    parent: Parent | None = None
+    reference: str | None = None  # in a sentence
+    stops: Sequence[str] = ()  # at which a sampled reply ends
+    stored_reference: bool | None = None  # whether its log-probabilities came from the store
+    limits: Limits | None = None
+    warnings: Sequence[Warned] = ()
+    wandb_id: str | None = None
+    training_seconds: float | None = None
+    sampling_seconds: float | None = None
+    figures_seconds: float | None = None
+    best_step: int | None = None  # whose weights were kept
+    steps: int | None = None
+    world_size: int | None = None
+    probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
+    test: Figures | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Of texts, in tokens."""
+
+    median: float
+    p95: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many texts lie in [edge, next edge) tokens; the last bin holds its upper edge."""
+
+    edges: Sequence[int]
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    def __post_init__(self):
+        if not 0 < len(self.prompt) == len(self.chosen) == len(self.rejected) == len(self.edges) - 1:
+            raise ValueError("a count is missing or too many: there is one less than edges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A pair that shows a finding."""
+
+    what: str
+    file: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A sign that something is wrong with the data, or that it was looked for in vain: a count of 0."""
+
+    name: str
+    level: str
+    says: str
+    count: int
+    shown: Sequence[Example] = ()
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """How often the reply that has more of something is the chosen one; none where no pair differs in it."""
+
+    name: str
+    n: int
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What `alignlab data` has found, as far as a report shows it; in `data.json`."""
+
+    fingerprint: str | None
+    tokens: Mapping[str, Lengths]
+    histogram: Histogram
+    findings: Sequence[Found]
+    features: Sequence[Feature]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepMember:
+    """A run of a sweep as `sweep.json` has it; its figures are those of the step whose weights it kept."""
+
+    run: str  # its name
+    path: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what is its own: "dpo.beta" → 0.3
+    status: str = "missing"
+    error: str | None = None
+    margin: Estimate | None = None
+    margin_over_beta: Estimate | None = None
+    accuracy: Estimate | None = None
+    kl: Estimate | None = None  # nats per reply
+    win_rate: Estimate | None = None  # on the test split
+    perplexity_change: float | None = None  # a share of what it was before training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What `alignlab sweep` wrote: the members, and the choice among them; in `sweep.json`."""
+
+    members: Sequence[SweepMember]
+    recipe: str = ""
+    rule: str = ""
+    max_kl: float | None = None
+    split: str | None = None  # that the choice was made on
+    overrides: Sequence[str] | None = None  # that all members share
+    choice: str | None = None  # a member's name
+    why: str | None = None
+    test: Mapping[str, Estimate | None] | None = None  # of the chosen run, on pairs that chose nothing
+    warnings: Sequence[str] = ()
+
+
+FACTS = {each.name for each in dataclasses.fields(Manifest)}
+
+
+@dataclass(frozen=True)
 class Run:
     """A run directory, named by stage and recipe: `runs/mistral/dpo-beta0.3`."""
 
@@ -63,20 +294,19 @@ class Run:
         return self.path / "model"
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """What the run says of itself; empty before it starts."""
-        if not self.manifest_file.is_file():
-            return {}
-        try:
-            return json.loads(self.manifest_file.read_text())
-        except ValueError as e:
-            raise RunError(
-                f"{self.manifest_file} is not JSON ({e}); remove {self.path} to start the run anew"
-            ) from None
+    def has_started(self) -> bool:
+        return self.manifest_file.is_file()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the run says of itself; RunError where there is no run, or what is there cannot be read."""
+        if not self.has_started:
+            raise RunError(f"there is no run at {self.path} (it has no manifest.json)")
+        return typed.read_file(Manifest, self.manifest_file, f"remove {self.path} to start the run anew")
 
     @property
     def is_finished(self) -> bool:
-        return self.manifest.get("status") == "finished"
+        return self.has_started and self.manifest.status == "finished"
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
@@ -85,43 +315,122 @@ class Run:
         return read_lines(self.samples_file)
 
     def note(self, **facts: Any) -> None:
-        """Adds facts to the manifest, whole or not at all."""
+        """Adds facts to the manifest, whole or not at all; what another version has written there stays."""
+        assert facts.keys() <= FACTS, facts.keys() - FACTS
         if self.is_writer:
-            write_json(self.manifest_file, {**self.manifest, **facts})
+            before = json.loads(self.manifest_file.read_text("utf-8")) if self.has_started else {}
+            write_json(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+def check_name(name: str, where: str = "--run") -> str:
+    """The name; RunError where it is not one that a run can have."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        shown = repr(name) if len(name) <= 100 else f"{name[:20]!r}… of {len(name)} characters"
+        raise RunError(
+            f"{where} {shown} is no name of a run: at most {LONGEST_NAME} letters (a to z), digits and ._=+-, "
+            f"with a letter or a digit first"
+        )
+    return name
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+# --- finding a run ---
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: Path = RUNS) -> Run:
+    """The run that a command is about: NAME, or the best of the sweep, or else the last DPO run, or the last SFT run.
+
+    RECIPE is a run directory itself, a folder of runs, or a recipe's name or file, whose runs are under `root`; the
+    recipe need not be there. RunError says what is there instead.
+    """
+    folder = runs_folder(recipe, root)
+    if Run(folder).has_started:
+        if name or best:
+            raise RunError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
+        return Run(folder)
+    if best:
+        return _chosen(folder)
+    if name:
+        return _there(folder / check_name(name), recipe)
+    if not (runs := runs_in(folder)):
+        return _there(folder, recipe)
+    return max(runs, key=lambda run: (run.manifest.stage == "dpo", run.manifest.started or ""))
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+def runs_folder(recipe: str, root: Path = RUNS) -> Path:
+    """Where the runs of RECIPE are: `runs/NAME` for a recipe's name or file; a folder is itself."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return root / path.stem
+    holds_runs = Run(path).has_started or runs_in(path) or (path / SWEEP).is_file()
+    return path if holds_runs or len(path.parts) > 1 else root / recipe
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def runs_in(folder: Path) -> list[Run]:
+    return sorted((Run(file.parent) for file in folder.glob("*/manifest.json")), key=lambda run: run.path)
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep whose members are in this folder, none where there was no sweep."""
+    file = folder / SWEEP
+    if not file.is_file():
+        return None
+    sweep = typed.read_file(Sweep, file, "make it anew with alignlab sweep")
+    for name in (*(member.run for member in sweep.members), *([sweep.choice] if sweep.choice else [])):
+        check_name(name, f"{file}:")
+    return sweep
+
+
+def parent_of(run: Run) -> Run | None:
+    """The SFT run that a DPO run started from: beside it, as folders may be moved, or where its manifest says.
+
+    None where it started from `model.start`, or the SFT run is not there any more.
+    """
+    parent = run.manifest.parent
+    if not parent or not parent.run:
+        return None
+    places = (run.path.absolute().parent / Path(parent.run).name, Path(parent.run))
+    return next((found for found in map(Run, places) if found.path.is_dir()), None)
+
+
+def finished(run: Run) -> Run:
+    """The run; RunError where it has not finished, or its model is gone."""
+    if not run.is_finished:
+        command = run.manifest.command
+        goes_on = f"`{command}`" if command else "the command that made it"
+        raise RunError(f"{run.path} is not finished (it is {run.manifest.status}); {goes_on} goes on from there")
+    if not run.model.is_dir():
+        raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
+    return run
+
+
+def _chosen(folder: Path) -> Run:
+    sweep = read_sweep(folder)
+    if sweep is None:
+        raise RunError(f"there is no {folder / SWEEP} with a best run; make it with alignlab sweep, or name a run")
+    if sweep.choice is None:
+        raise RunError(f"{folder / SWEEP} has chosen no member: {sweep.why}; name a run with --run")
+    return _there(folder / sweep.choice)
+
+
+def _there(path: Path, recipe: str | None = None) -> Run:
+    """The run at a path; where there is none, RunError says which are beside it, and how RECIPE's are made."""
+    if (run := Run(path)).has_started:
+        return run
+    if run.metrics_file.is_file():
+        raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
+    if beside := [other.path.name for other in runs_in(path.parent)]:
+        raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
+    if recipe is None or path.is_dir():
+        raise RunError(f"there is no run at {path}")
+    find_recipe(recipe)  # says which recipes there are
+    raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold, without what is not known."""
+    if dataclasses.is_dataclass(value):
+        return {name: its for name, its in asdict(value).items() if its is not None}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def cut_back(run: Run, step: int) -> None:
@@ -129,8 +438,8 @@ def cut_back(run: Run, step: int) -> None:
     for file in (run.metrics_file, run.samples_file):
         if file.is_file():
             write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
-    if warnings := run.manifest.get("warnings"):
-        run.note(warnings=[warning for warning in warnings if warning["step"] <= step])
+    if run.manifest.warnings:
+        run.note(warnings=[warning for warning in run.manifest.warnings if warning.step <= step])
 
 
 @contextlib.contextmanager
@@ -156,7 +465,7 @@ def opened(
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or name this run with --run") from None
     try:
-        if force and run.manifest:
+        if force and run.has_started:
             _move_aside(path)
         _refuse_other_settings(run, stage, consumed)
         if not run.is_finished:
@@ -188,17 +497,16 @@ def _move_aside(path: Path) -> None:
 
 
 def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:
-    made_from = run.manifest.get("consumed")
-    if made_from is None:
+    if not run.has_started or not (manifest := run.manifest).consumed:
         return
-    before, after = _flat(made_from), _flat(json.loads(json.dumps(consumed, default=str)))
+    before, after = _flat(manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
     if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
         named = ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
         raise RunError(
             f"{run.path} was made from other settings: {named}; "
             f"name a new run with --run, or train it again with --force"
         )
-    assert run.manifest["stage"] == stage, f"{run.path} holds a {run.manifest['stage']} run"
+    assert manifest.stage == stage, f"{run.path} holds a {manifest.stage} run"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -279,13 +587,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _seal(file: Path) -> tuple[int, str]:
     return file.stat().st_size, hash_file(file)
-
-
-def hash_file(file: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,8 +23,8 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
+from alignlab.disk import cache_folder, digest
 from alignlab.errors import MachineError
-from alignlab.fields import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,10 +53,6 @@ class ReferenceIdentity:
 
 def store_folder() -> Path:
     return cache_folder() / "reference"
-
-
-def digest(value: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # Keys and records -------------------------------------------------------------

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignlab import disk
 from alignlab import run as runs
 from alignlab.errors import RecipeError, RunError
+from alignlab.estimate import Estimate
 from alignlab.recipe import consumed, write_yaml
-from alignlab.run import Run
-from alignlab.sweep.choice import Figure, Row, choose, chosen_run, collect, render
+from alignlab.run import Run, find_run
+from alignlab.sweep.choice import Measured, choose, collect, render
 from alignlab.sweep.members import Members, find_members
 
 
@@ -29,11 +30,11 @@ def write_run(
     ]
     path = members.folder / member.name
     with runs.opened(path, "dpo", consumed(member.recipe, "dpo"), write_yaml(member.recipe)) as run:
-        runs.write_lines(run.metrics_file, rows)
-        runs.write_lines(run.samples_file, [{"step": 4, "split": "validation", "prompt": "?", "reply": "!"}] * 16)
+        disk.write_lines(run.metrics_file, rows)
+        disk.write_lines(run.samples_file, [{"step": 4, "split": "validation", "prompt": "?", "reply": "!"}] * 16)
         if scores is not None:
             written = [{"split": "validation", "pair": n, "chosen": c, "rejected": 0.0} for n, c in enumerate(scores)]
-            runs.write_lines(path / "scores.jsonl", written)
+            disk.write_lines(path / "scores.jsonl", written)
         data = {"kept": {"train": 9, "validation": 100, "test": 50}, "fingerprint": "same", **facts}
         run.note(status="finished", best_step=4, steps=4, data=data, test={})
     return run
@@ -45,17 +46,17 @@ def test_the_largest_margin_below_the_kl_limit_is_chosen(small):
     for number, (margin, kl) in enumerate([(0.5, 1.0), (1.0, 9.9), (2.0, 12.0)]):
         write_run(members, number, margin, kl)
     table = collect(members)
-    assert table["choice"] == "dpo-beta0.1" and table["split"] == "validation"
-    assert "of 2 members with KL below 10" in table["why"]
-    assert "its KL of 9.9 ± 0.5 is within two standard errors of the limit" in table["why"]
-    assert "margin ÷ beta is largest for dpo-beta0.1" in table["why"]
-    row = table["members"][1]
-    assert row["margin_over_beta"]["mean"] == pytest.approx(1.0 / 0.1)
-    assert row["perplexity_change"] == pytest.approx(2.1 / 2.0 - 1)
-    assert (row["kl"]["n"], row["accuracy"]["n"]) == (16, 100)
-    assert row["accuracy"]["stderr"] == 0.04
+    assert table.choice == "dpo-beta0.1" and table.split == "validation"
+    assert "of 2 members with KL below 10" in table.why
+    assert "its KL of 9.9 ± 0.5 is within two standard errors of the limit" in table.why
+    assert "margin ÷ beta is largest for dpo-beta0.1" in table.why
+    row = table.members[1]
+    assert row.margin_over_beta.mean == pytest.approx(1.0 / 0.1)
+    assert row.perplexity_change == pytest.approx(2.1 / 2.0 - 1)
+    assert (row.kl.n, row.accuracy.n) == (16, 100)
+    assert row.accuracy.stderr == 0.04
     wider = collect(find_members("small", ["sweep.max_kl=15"], "0.05,0.1,0.5"))
-    assert wider["choice"] == "dpo-beta0.05" and "KL below 15" in wider["rule"]
+    assert wider.choice == "dpo-beta0.05" and "KL below 15" in wider.rule
 
 
 def test_where_no_member_is_inside_the_limit_none_is_chosen(small):
@@ -63,9 +64,9 @@ def test_where_no_member_is_inside_the_limit_none_is_chosen(small):
     for number, kl in enumerate([12.0, 30.0]):
         write_run(members, number, 1.0, kl)
     table = collect(members)
-    assert table["choice"] is None and "the lowest is 12 ± 0.5 of dpo-beta0.5" in table["why"]
+    assert table.choice is None and "the lowest is 12 ± 0.5 of dpo-beta0.5" in table.why
     with pytest.raises(RunError, match="has chosen no member: no member has a KL below 10"):
-        chosen_run(members.folder)
+        find_run(str(members.folder), best=True)
 
 
 def test_two_members_are_compared_over_the_same_pairs(small):
@@ -77,19 +78,22 @@ def test_two_members_are_compared_over_the_same_pairs(small):
     write_run(members, 0, 0.5, scores=[1.0, 2.0, 3.0, 4.0])
     write_run(members, 1, 0.5, scores=[2.0, 4.0, 6.0, 8.0])
     table = collect(members)
-    assert "cannot be told apart" in table["why"] and "difference 0 ± 0, paired over the same 4 pairs" in table["why"]
-    assert table["members"][0]["margin"] == {"mean": 0.5, "stderr": pytest.approx(math.sqrt(1 / 15 / 4)), "n": 4}
-    assert table["members"][0]["accuracy"] == {"mean": 1.0, "stderr": 0.0, "n": 4}
+    assert "cannot be told apart" in table.why and "difference 0 ± 0, paired over the same 4 pairs" in table.why
+    first = table.members[0]
+    assert first.margin.mean == 0.5 and first.margin.n == 4
+    assert first.margin.stderr == pytest.approx(math.sqrt(1 / 15 / 4))
+    assert (first.accuracy.mean, first.accuracy.stderr, first.accuracy.high) == (1.0, 0.0, 1.0)
+    assert first.accuracy.low == pytest.approx(0.405, abs=1e-3)  # of 1 1 1 1 1 0: 5/6 − 2.571·√(1/36)
     members = find_members("small", [], "0.4,0.1")
     write_run(members, [m.beta for m in members.all].index(0.4), 1.0, scores=[1.0, 2.0, 3.0, 4.0])
-    assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members)["why"]
+    assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members).why
 
 
 def test_runs_that_kept_no_scores_say_that_the_error_is_not_known(small):
     members = find_members("small", [], "0.5,0.1")
     write_run(members, 0, 1.0)
     write_run(members, 1, 0.9)
-    assert "is not known, as their standard errors were not recorded" in collect(members)["why"]
+    assert "is not known, as their standard errors were not recorded" in collect(members).why
 
 
 def test_runs_of_different_data_are_compared_with_a_banner(small):
@@ -97,9 +101,9 @@ def test_runs_of_different_data_are_compared_with_a_banner(small):
     write_run(members, 0, 1.0, scores=[1.0, 2.0])
     write_run(members, 1, 0.9, scores=[1.0, 2.0], fingerprint="other")
     table = collect(members)
-    (warning,) = table["warnings"]
+    (warning,) = table.warnings
     assert warning.startswith("the members were made from different data") and "dpo-beta0.1 other" in warning
-    assert table["choice"] == "dpo-beta0.5" and "as of independent estimates" in table["why"]
+    assert table.choice == "dpo-beta0.5" and "as of independent estimates" in table.why
     assert f"! {warning}" in render(table, members.folder)
 
 
@@ -107,7 +111,7 @@ def test_kl_measured_otherwise_is_said(small):
     write_run(find_members("small", ["monitor.kl.max_new_tokens=64"], "0.5"), 0, 1.0)
     members = find_members("small", [], "0.5,0.1")
     write_run(members, 1, 0.9)
-    (warning,) = collect(members)["warnings"]
+    (warning,) = collect(members).warnings
     assert warning == "KL was not measured alike: monitor.kl.max_new_tokens is dpo-beta0.5 64, dpo-beta0.1 8"
 
 
@@ -117,7 +121,7 @@ def test_a_metrics_file_cut_off_by_a_crash_is_used_up_to_there_and_said(small, c
     with cut.metrics_file.open("a") as file:
         file.write('{"step": 8, "eval/lo')
     write_run(members, 1, 0.9)
-    assert collect(members)["choice"] == "dpo-beta0.5"
+    assert collect(members).choice == "dpo-beta0.5"
     assert (
         "the last line of metrics.jsonl is cut off, by a crash or a write under way: used up to step 4" in caplog.text
     )
@@ -130,14 +134,15 @@ def test_what_cannot_be_used_is_named_and_the_others_are_collected(small):
     write_run(members, 1, 1.0).metrics_file.unlink()
     write_run(members, 2, 1.0).note(best_step=2)
     other = write_run(members, 3, 1.0)
-    other.note(consumed={**other.manifest["consumed"], "dpo": {**other.manifest["consumed"]["dpo"], "max_steps": 3}})
+    consumed = other.manifest.consumed
+    other.note(consumed={**consumed, "dpo": {**consumed["dpo"], "max_steps": 3}})
     table = collect(members)
-    assert [member["status"] for member in table["members"]] == ["finished", "failed", "failed", "failed", "missing"]
-    errors = [member["error"] for member in table["members"]]
+    assert [member.status for member in table.members] == ["finished", "failed", "failed", "failed", "missing"]
+    errors = [member.error for member in table.members]
     assert "is finished, but has no metrics.jsonl" in errors[1] and "has no evaluation at step 2" in errors[2]
     assert "made from other settings: dpo.max_steps was 3, is 4" in errors[3] and errors[4] is None
     assert all("\n" not in error for error in errors if error)
-    assert table["choice"] == "dpo-beta0.5" and "the one member with KL below 10" in table["why"]
+    assert table.choice == "dpo-beta0.5" and "the one member with KL below 10" in table.why
     assert "missing" in render(table, members.folder)
 
 
@@ -146,12 +151,12 @@ def test_a_run_that_is_still_going_counts_once_it_is_finished(small):
     write_run(members, 0, 1.0).note(status="running")
     write_run(members, 1, 0.9)
     table = collect(members)
-    assert table["members"][0]["status"] == "running" and table["choice"] == "dpo-beta0.1"
+    assert table.members[0].status == "running" and table.choice == "dpo-beta0.1"
 
 
 def test_there_is_no_best_without_a_sweep(tmp_path):
     with pytest.raises(RunError, match="make it with alignlab sweep"):
-        chosen_run(tmp_path / "small")
+        find_run(str(tmp_path / "small"), best=True)
 
 
 @given(
@@ -160,29 +165,25 @@ def test_there_is_no_best_without_a_sweep(tmp_path):
 )
 @settings(max_examples=50, deadline=None)
 def test_the_choice_is_inside_the_limit_beats_the_others_and_depends_on_no_order(figures, random):
-    tiny = find_members("tiny", [], "0.5,0.1")
-    by_beta = {member.beta: member for member in tiny.asked}
-    facts = {"data": {}, "settings": {}}
-    rows = [
-        Row(by_beta[beta], Path("x"), "finished", facts=facts, figures=figures_of(margin, kl, beta))
-        for margin, kl, beta in figures
-    ]
-    chosen, why = choose(rows, 10.0)
-    inside = [row.figures["margin"].mean for row in rows if row.figures["kl"].mean < 10]
+    members = [measured(margin, kl, beta) for margin, kl, beta in figures]
+    chosen, why = choose(members, 10.0)
+    inside = [member.margin.mean for member in members if member.kl.mean < 10]
     assert (chosen is None) == (not inside) and "\n" not in why
     if chosen:
-        assert chosen.figures["margin"].mean == max(inside) and chosen.figures["kl"].mean < 10
-        random.shuffle(rows)
-        again = choose(rows, 10.0)[0]
-        assert again.figures["margin"] == chosen.figures["margin"]
+        assert chosen.margin.mean == max(inside) and chosen.kl.mean < 10
+        random.shuffle(members)
+        assert choose(members, 10.0)[0].margin == chosen.margin
 
 
-def figures_of(margin: float, kl: float, beta: float) -> dict[str, Figure]:
-    return {
-        "margin": Figure(margin, 0.1, 100),
-        "margin_over_beta": Figure(margin / beta, 0.1 / beta, 100),
-        "kl": Figure(kl, 0.5, 32),
-    }
+def measured(margin: float, kl: float, beta: float) -> Measured:
+    return Measured(
+        name=f"dpo-beta{beta}",
+        beta=beta,
+        margin=Estimate(margin, 0.1, 100),
+        margin_over_beta=Estimate(margin / beta, 0.1 / beta, 100),
+        accuracy=Estimate(0.5, 0.05, 100),
+        kl=Estimate(kl, 0.5, 32),
+    )
 
 
 def test_a_recipe_that_changed_leaves_its_old_members_out(small):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignlab.disk import append_line
 from alignlab.report.curves import charts, read_metrics, thin
-from alignlab.run import append_line
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 RUN = {"name": "dpo", "stage": "dpo", "limits": {}, "best_step": None, "ended_early": False, "steps": 10}

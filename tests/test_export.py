@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.cli import main
 from alignlab.errors import AlignlabError
-from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export, find_run
+from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
 from alignlab.export.card import is_local, paths_in, publishable
 from alignlab.export.chat import chat_template
 from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
-from alignlab.run import Run
+from alignlab.run import Run, find_run, finished
 from alignlab.train import train_dpo, train_sft
 from alignlab.transcript import Turn, split_last_turn, split_turns
 
@@ -185,11 +185,10 @@ def test_nothing_in_the_folder_names_a_place_of_this_machine(exported, made, fol
 def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
-    test, parent = run.manifest["test"], run.manifest["parent"]
-    margin = test["rewards/margins"]
-    assert f"| reward margin | {margin['mean']:.3g} ± {margin['stderr']:.2g} (n={margin['n']}) |" in card
-    assert f"`sft`, weights `{parent['weights']}`" in card and run.manifest["data"]["fingerprint"] in card
-    assert "learning_rate: 0.001" in card and f"trl {run.manifest['versions']['trl']}" in card
+    test, parent = run.manifest.test, run.manifest.parent
+    assert f"| reward margin | {test.margin} |" in card
+    assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
+    assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head == {
         "library_name": "transformers",
@@ -337,7 +336,7 @@ def refused(run: Run, to: Path, wish: Wish, why: str) -> None:
 def test_a_base_that_is_gone_is_one_line(copied, folders, tmp_path):
     file = copied.model / "adapter_config.json"
     file.write_text(file.read_text().replace(str(folders["llama"]), "/nowhere/llama"))
-    copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest["base"]["weights"]})
+    copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest.base.weights})
     refused(copied, tmp_path / "out", Wish(), "is gone: there is no folder /nowhere/llama")
     assert export(copied, tmp_path / "out", Wish(model=str(folders["llama"]))).difference.reply_most < 1e-3
 
@@ -398,9 +397,9 @@ def test_the_run_is_found_by_recipe_name_and_choice(copied, monkeypatch):
     root = copied.path.parent.parent.parent
     monkeypatch.chdir(root)
     assert find_run("small", "sft").path == Path("runs/small/sft")
-    assert find_run("runs/small/sft").path == Path("runs/small/sft")
-    with pytest.raises(AlignlabError, match="runs/small/dpo holds no run; there: sft"):
-        find_run("small")
+    assert find_run("runs/small/sft").path == find_run("small").path == Path("runs/small/sft")
+    with pytest.raises(AlignlabError, match=r"there is no run at runs/small/dpo \(there: sft\)"):
+        find_run("small", "dpo")
     with pytest.raises(AlignlabError, match=r"there is no runs/small/sweep\.json with a best run"):
         find_run("small", best=True)
     sweep = {"recipe": "small", "rule": "best", "choice": "sft", "why": "so", "members": []}
@@ -410,8 +409,8 @@ def test_the_run_is_found_by_recipe_name_and_choice(copied, monkeypatch):
     with pytest.raises(AlignlabError, match="has chosen no member: all above the limit"):
         find_run("small", best=True)
     copied.note(status="running")
-    with pytest.raises(AlignlabError, match="is not finished"):
-        find_run("small", "sft")
+    with pytest.raises(AlignlabError, match=r"is not finished \(it is running\); `.*` goes on from there"):
+        finished(find_run("small", "sft"))
 
 
 # The hub ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab import toy
+from alignlab.disk import append_line
 from alignlab.report import replies
 from alignlab.report.replies import (
     PROMPT_CHARACTERS,
@@ -21,7 +22,6 @@ from alignlab.report.replies import (
     side_by_side,
     turns,
 )
-from alignlab.run import append_line
 
 GOOD = " Happy to help. To grow roses, keep the soil loose and pull the weeds. Shall I go on?"
 BAD = " Look it up. Go away now."

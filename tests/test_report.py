@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import cli
+from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RunError
-from alignlab.report import find_runs, last_run, report_line, write_comparison, write_report
-from alignlab.run import Run
+from alignlab.report import find_runs, report_line, write_comparison, write_report
+from alignlab.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
 HOSTILE = (
@@ -106,7 +106,7 @@ def make(path: Path, rows=None, replies=None, beta: float = 0.1, source: str = "
         "dpo": {"beta": beta, "max_steps": 40},
     }
     with runs.opened(path, "dpo", consumed, f"about: x\nmodel:\n  name: toy\ndpo:\n  beta: {beta}\n") as run:
-        runs.write_lines(run.metrics_file, metrics(4) if rows is None else rows)
+        disk.write_lines(run.metrics_file, metrics(4) if rows is None else rows)
         lines = (json.dumps(row) for row in (samples() if replies is None else replies))  # ASCII: lone surrogates too
         run.samples_file.write_text("".join(f"{line}\n" for line in lines))
         run.note(**{**FINISHED, **facts})
@@ -137,7 +137,7 @@ def make_sweep(folder: Path, names: Mapping[str, float], choice: str | None, **f
         "choice": choice,
         "why": "it is",
     }
-    runs.write_json(folder / "sweep.json", {**sweep, "members": members, **facts})
+    disk.write_json(folder / "sweep.json", {**sweep, "members": members, **facts})
     return folder
 
 
@@ -266,7 +266,7 @@ def test_a_moved_run_keeps_its_base_column(tmp_path):
     make(tmp_path / "tiny" / "dpo", parent={"run": "runs/elsewhere/sft", "weights": "x"})
     first = {"step": 0, "time": 1.0, "eval/loss": 1.9, "eval/perplexity": 7.095}
     (tmp_path / "tiny" / "sft").mkdir()
-    runs.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
+    disk.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
     moved = shutil.move(tmp_path / "tiny", tmp_path / "copied")
     table = facts_beside(write_report(Path(moved) / "dpo"))["table"]
     assert table["columns"] == ["base", "SFT", "DPO"]
@@ -275,7 +275,7 @@ def test_a_moved_run_keeps_its_base_column(tmp_path):
 
 def test_gpu_hours_count_every_process(tmp_path):
     """8 processes for an hour are 8 GPU-hours."""
-    machine = {"platform": "Linux", "gpu": ["NVIDIA H100"] * 8}
+    machine = {"platform": "Linux", "gpus": ["NVIDIA H100"] * 8}
     page = write_report(make(tmp_path / "tiny" / "dpo", machine=machine, world_size=8))
     assert "GPU-hours 8 (8 processes)" in Elements(page).text
 
@@ -301,7 +301,7 @@ def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
         "warnings": ["the judge prefers the first reply"],
         "cases": [case],
     }
-    runs.write_json(path / "eval.json", evaluation)
+    disk.write_json(path / "eval.json", evaluation)
     text = Elements(write_report(path)).text
     assert "its replies win 70% of 64 comparisons judged by some-model (95% interval 60% to 80%" in text
     for words in ("refuses <b>harm</b>", "the judge prefers the first reply", "dpo, 2 of 2", "1,020", "Who wins"):
@@ -310,7 +310,7 @@ def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
 
 def test_an_sft_run_has_a_page(tmp_path):
     with runs.opened(tmp_path / "tiny" / "sft", "sft", {"sft": {"max_steps": 4}}, "about: x\n") as run:
-        runs.write_lines(
+        disk.write_lines(
             run.metrics_file, [{"step": 0, "eval/loss": 1.9, "eval/perplexity": 7.1}, {"step": 4, "train/loss": 1.0}]
         )
         run.note(
@@ -361,6 +361,8 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
 
 # --- bad input: one line each ---
 
+NO_DOP = "there is no run at runs/tiny/dop (there: bare, dpo, older, sft)"
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -369,7 +371,14 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
             ["report", "mistral"],
             "there is no run of mistral yet (looked in runs/mistral); make one with alignlab dpo mistral",
         ),
-        (["report", "tiny", "--run", "nope"], "runs/tiny/nope holds no run; there: bare, dpo, older, sft"),
+        (["report", "tiny", "--run", "nope"], "there is no run at runs/tiny/nope (there: bare, dpo, older, sft)"),
+        (["report", "tiny", "--run", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["compare", "tiny", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "tiny", "--runs", "dpo", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["export", "tiny", "--run", "dop", "--to", "x"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "tinny"], "no recipe 'tinny' (looked in recipes and "),
         (["report", "tiny", "--best"], "there is no runs/tiny/sweep.json with a best run; make it with alignlab sweep"),
         (["report", "runs/tiny/bare"], "runs/tiny/bare is finished, but has no metrics.jsonl"),
         (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
@@ -401,7 +410,7 @@ def test_a_broken_sweep_or_evaluation_is_one_line(tmp_path):
     with pytest.raises(RunError, match=r"eval\.json is not JSON"):
         write_report(path)
     (tmp_path / "tiny" / "sweep.json").write_text('{"members": [{}]}')
-    with pytest.raises(RunError, match=r"sweep\.json is not a sweep's"):
+    with pytest.raises(RunError, match=r"sweep\.json: members\.0\.run is missing; make it anew with alignlab sweep"):
         write_report(tmp_path / "tiny")
 
 
@@ -424,7 +433,7 @@ def test_a_recipe_is_a_name_a_file_or_a_folder_and_need_not_exist(here):
     assert find_runs("runs/mine/dpo") == [Path("runs/mine/dpo")]
     assert find_runs("mine", ["dpo", "dpo-beta0.3"]) == [Path("runs/mine/dpo"), Path("runs/mine/dpo-beta0.3")]
     make_sweep(Path("runs/mine"), {"dpo": 0.1}, "dpo")
-    assert find_runs("mine") == [Path("runs/mine")] and last_run("mine") == Path("runs/mine/dpo-beta0.3")
+    assert find_runs("mine") == [Path("runs/mine")] and find_run("mine").path == Path("runs/mine/dpo-beta0.3")
 
 
 def test_the_command_ends_with_the_path(here, capsys):
@@ -472,7 +481,7 @@ def examination(text: str) -> dict:
 
 def hostile(folder: Path) -> Path:
     (folder / "tiny").mkdir(parents=True, exist_ok=True)
-    (folder / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination(f"{HOSTILE[:200]} \u202e")))
+    (folder / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination(HOSTILE[:200].replace("\ud800", "\u202e"))))
     warning = {"guard": "kl", "step": 1, "message": SCRIPT}
     rows = [{**row, "prompt": f"\n\nHuman: {HOSTILE}{i}\n\nAssistant:"} for i, row in enumerate(samples(HOSTILE))]
     facts = {"stop_reason": SCRIPT, "command": SCRIPT, "warnings": [warning], "machine": {"platform": SCRIPT}}
@@ -511,10 +520,11 @@ def test_an_examination_of_other_rows_is_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "f1"}', '{"fingerprint": "f1", "findings": 3}'])
-def test_a_broken_examination_is_passed_over(tmp_path, text):
+def test_a_broken_examination_is_said_and_left_out(tmp_path, text):
     path = make(tmp_path / "tiny" / "dpo")
     (tmp_path / "tiny" / runs.EXAMINATION).write_text(text)
-    assert "Findings" not in Elements(write_report(path)).text
+    page = Elements(write_report(path)).text
+    assert "Findings" not in page and "tiny/data.json" in page and "make it anew with alignlab data tiny" in page
 
 
 def test_the_page_loads_nothing(tmp_path):

@@ -20,8 +20,8 @@ from alignlab.cli import main
 from alignlab.errors import RunError
 from alignlab.recipe import load_recipe
 from alignlab.report import write_report
-from alignlab.run import Run
-from alignlab.sweep.choice import chosen_run, collect
+from alignlab.run import Run, find_run
+from alignlab.sweep.choice import collect
 from alignlab.sweep.members import find_members
 from alignlab.sweep.runner import run_members
 from alignlab.train import train_dpo, train_sft
@@ -69,19 +69,19 @@ def test_a_member_equals_a_separate_run_and_the_reference_is_asked_once(small, m
     drawn.clear()
     with caplog.at_level("INFO"):
         table = run_members(find_members("small", [], "0.5,0.3,0.1,0.05"))
-    assert [member["status"] for member in table["members"]] == ["finished"] * 4
+    assert [member.status for member in table.members] == ["finished"] * 4
     member = Run(Path("runs/small/dpo-beta0.5"))
-    assert len(asked) == sum(member.manifest["data"]["kept"].values()) and "ref" not in adapters
+    assert len(asked) == sum(member.manifest.data.kept.values()) and "ref" not in adapters
     assert len(drawn) == 5 + 3 * 3
     assert caplog.text.count("runs/small/sft is finished") == 1
-    parents = {Run(Path(member["path"])).manifest["parent"]["run"] for member in table["members"]}
+    parents = {Run(Path(member.path)).manifest.parent.run for member in table.members}
     assert parents == {"runs/small/sft"}
     asked.clear()
     same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("apart")))
     assert not asked
     monkeypatch.setenv("ALIGNLAB_CACHE", str(small / "empty"))
     same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("alone")))
-    assert len(asked) == sum(member.manifest["data"]["kept"].values())
+    assert len(asked) == sum(member.manifest.data.kept.values())
 
 
 def note_each_pair(monkeypatch, asked: list) -> None:
@@ -105,10 +105,10 @@ def test_a_further_beta_adds_one_run_and_the_report_shows_them_all(small, capsys
     assert [member["settings"]["dpo.beta"] for member in table["members"]] == [0.5, 0.1]
     shown = capsys.readouterr().out
     assert f"chosen: {table['choice']}" in shown and "paired over the same" in shown and "its test split" in shown
-    assert chosen_run(Path("runs/small")) == Path("runs/small") / table["choice"]
+    assert find_run("small", best=True).path == Path("runs/small") / table["choice"]
     assert f"{table['choice']} was chosen of 2" in write_report(Path("runs/small")).read_text()
     other = collect(find_members("small", ["dpo.max_steps=2"], "0.1"))
-    assert [member["run"] for member in other["members"]] == ["dpo-beta0.1-max_steps2"]  # another sweep's table
+    assert [member.run for member in other.members] == ["dpo-beta0.1-max_steps2"]  # another sweep's table
 
 
 def test_an_interrupted_sweep_goes_on_in_the_member_that_it_was_in(small):
@@ -119,11 +119,11 @@ def test_an_interrupted_sweep_goes_on_in_the_member_that_it_was_in(small):
     threading.Thread(target=interrupt_when, args=(lambda: len(second.metrics()) > 1,), daemon=True).start()
     with pytest.raises(KeyboardInterrupt, match=r"dpo-beta0.1.*: stopped at step \d+ with a checkpoint"):
         run_members(members)
-    table = json.loads(members.table.read_text())
+    table = json.loads((members.folder / "sweep.json").read_text())
     assert table["choice"] == members.asked[0].name
     before = stamps(Run(members.folder / table["choice"]))
     table = run_members(members)
-    assert [member["status"] for member in table["members"]] == ["finished"] * 2
+    assert [member.status for member in table.members] == ["finished"] * 2
     assert stamps(Run(members.folder / members.asked[0].name)) == before
     same(second, train_dpo(members.asked[1].recipe, root=Path("apart")))
 
@@ -156,7 +156,7 @@ def test_the_first_members_own_fault_does_not_end_the_sweep(small, caplog):
     """A prefetch factor without workers is refused by DPOConfig itself, so also while what all share is made."""
     table = run_members(find_members("small", [], "0.5", ["dataloader_prefetch_factor=2,null"]))
     assert caplog.text.count("dataloader_prefetch_factor can only be set") == 2
-    assert {member["run"]: member["status"] for member in table["members"]} == {
+    assert {member.run: member.status for member in table.members} == {
         "dpo-beta0.5-dataloader_prefetch_factor2": "failed",
         "dpo-beta0.5-dataloader_prefetch_factor=null": "finished",
     }

@@ -20,9 +20,8 @@ from filelock import FileLock, Timeout
 
 from alignlab.data.ledger import make_folder
 from alignlab.data.rows import hash_content
+from alignlab.disk import cache_folder, digest
 from alignlab.errors import MachineError
-from alignlab.fields import cache_folder
-from alignlab.store import digest
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
 from alignlab.data.splits import SPLITS
+from alignlab.disk import write_text
 from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
 from alignlab.doctor.description import describe
@@ -24,7 +25,7 @@ from alignlab.doctor.shortcuts import find_shortcuts
 from alignlab.format import Format
 from alignlab.prompts import as_transcript, texts_of
 from alignlab.recipe import Recipe
-from alignlab.run import EXAMINATION, write_text
+from alignlab.run import EXAMINATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignlab import model as models
+from alignlab.disk import digest, write_json, write_lines
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
@@ -33,8 +34,7 @@ from alignlab.generate import Reply
 from alignlab.lineup import folder_of
 from alignlab.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.refusals import stated
-from alignlab.run import Run, package_versions, write_json, write_lines
-from alignlab.store import digest
+from alignlab.run import Run, package_versions
 from alignlab.train import prepare_data
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from alignlab.disk import digest
 from alignlab.evaluate.candidates import Bench, Candidate
 from alignlab.evaluate.kept import Kept
 from alignlab.format import Format
 from alignlab.generate import Reply, batches, reply_logits, reply_logps, sample_replies
 from alignlab.measures import kl_per_reply
 from alignlab.model import find_stops
-from alignlab.store import digest
 
 Ids = Sequence[int]
 PAIRS_AT_ONCE = 64  # scored between two lines of the file

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError
-from alignlab.run import hash_file
 
 TIMES = 1.96  # of lm-eval's standard error, for its interval
 

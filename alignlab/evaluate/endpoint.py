@@ -23,10 +23,9 @@ from urllib.parse import urlsplit
 import openai
 from openai.types.chat import ChatCompletion
 
+from alignlab.disk import cache_folder, digest
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
 from alignlab.evaluate.judge import TIE, Contest, Judgement, Scores, Verdict, combine_orders
-from alignlab.fields import cache_folder
-from alignlab.store import digest
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab import model as models
+from alignlab.disk import write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.export import difference
 from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, paths_in, publishable, write_card
@@ -24,9 +25,7 @@ from alignlab.export.difference import Difference, Rows
 from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
 from alignlab.format import FIXED_DAY, Dialogue, Format, Stops
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.report import find_runs, runs_folder
-from alignlab.run import Run, package_versions, write_json
-from alignlab.sweep.choice import chosen_run
+from alignlab.run import Run, package_versions
 from alignlab.transcript import Turn
 
 log = logging.getLogger(__name__)
@@ -63,24 +62,6 @@ class Export:
     difference: Difference
     stops: Stops
     notes: tuple[str, ...]  # what a user of the folder should know, a sentence each
-
-
-def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run:
-    """The finished run that `alignlab export RECIPE --run NAME` is about: without a name the one called `dpo`.
-
-    RECIPE is a run directory, or a recipe's name or file, whose runs are under `runs/`. `best` takes the member that
-    the recipe's sweep chose.
-    """
-    if best:
-        run = Run(chosen_run(runs_folder(recipe)))
-    elif not (run := Run(Path(recipe))).manifest:
-        run = Run(find_runs(recipe, [name or "dpo"])[0])
-    if not run.is_finished:
-        status = run.manifest.get("status")
-        raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
-    if not run.model.is_dir():
-        raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
-    return run
 
 
 def export(run: Run, to: Path, wish: Wish | None = None) -> Export:

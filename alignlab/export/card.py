@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignlab import files
+from alignlab.estimate import is_number
 from alignlab.format import Stops
 from alignlab.recipe import Recipe, sections_of, write_yaml
-from alignlab.report.curves import is_number
-from alignlab.report.reading import read_run, read_sweep
+from alignlab.report.reading import read_run, sweep_facts
 from alignlab.report.replies import harmless
 from alignlab.report.verdict import number, percent, verdict
-from alignlab.run import Run
+from alignlab.run import Run, read_sweep
 
 QUESTION = "How do I keep a pot of basil alive?"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -54,6 +54,8 @@ def publishable(text: str, secrets: Sequence[str] = ()) -> str:
 
 def paths_in(tree: Any) -> set[str]:
     """The absolute paths among the values of nested mappings and lists, those with spaces in them included."""
+    if is_dataclass(tree):
+        return paths_in(asdict(tree))
     if isinstance(tree, Mapping):
         return set().union(*map(paths_in, tree.values()))
     if isinstance(tree, list | tuple):
@@ -100,7 +102,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         evaluation=_evaluation(facts["evaluation"]),
         chosen=_chosen(run),
         data=list(_data(facts["data"], facts["data_from"])),
-        lineage=_lineage(run, facts, made),
+        lineage=_lineage(run, recipe, facts, made),
         cause=CAUSES[made.difference["cause"]],
         differences=list(difference_rows(made.difference)),
         limits=_limits(facts, made),
@@ -177,36 +179,36 @@ def _evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _chosen(run: Run) -> str | None:
     """That the run was chosen among others, which its figures must be read with."""
-    file = run.path.parent / "sweep.json"
-    sweep = read_sweep(file) if file.is_file() else {"choice": None}
-    if sweep["choice"] != run.path.name:
+    sweep = read_sweep(run.path.parent)
+    if sweep is None or sweep.choice != run.path.name:
         return None
-    others = ", ".join(member["label"] for member in sweep["members"])
-    return f"Chosen from a sweep of {len(sweep['members'])} ({others}) as the {sweep['rule']}."
+    others = ", ".join(member["label"] for member in sweep_facts(sweep)["members"])
+    return f"Chosen from a sweep of {len(sweep.members)} ({others}) as the {sweep.rule}."
 
 
 def _data(data: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "source", ", ".join(f"{name} {value}" for name, value in source.items())
     if data:
         kept = ", ".join(f"{count:,} {split}" for split, count in data["kept"].items())
-        yield "rows read", f"{data['rows']:,}"
+        yield "rows read", "not recorded" if data["rows"] is None else f"{data['rows']:,}"
         yield "pairs kept", f"{sum(data['kept'].values()):,} ({kept})"
         for what in ("dropped", "repaired"):
             yield what, ", ".join(f"{count:,} {reason}" for reason, count in data[what].items()) or "none"
         yield "fingerprint of the prepared rows", data["fingerprint"]
 
 
-def _lineage(run: Run, facts: Mapping[str, Any], made: Made) -> list[str]:
+def _lineage(run: Run, recipe: Recipe, facts: Mapping[str, Any], made: Made) -> list[str]:
     manifest = run.manifest
-    base, parent = manifest.get("base") or {}, manifest.get("parent") or {}
-    mark = f"revision `{base['revision']}`" if base.get("revision") else f"weights `{base.get('weights')}`"
-    embedded = " (alignlab's embedded toy model)" if manifest["consumed"]["model"]["name"] == "toy" else ""
-    steps = [f"base: `{base['name']}`{embedded}, {mark}"] if base.get("name") else []
-    if parent.get("run"):
-        steps.append(f"SFT: `{parent['run']}`, weights `{parent['weights']}`")
-    elif parent.get("start"):
-        steps.append(f"start: `{parent['start']}`")
-    kept = facts["kept"] or (f"step {facts['best_step']}" if facts["best_step"] is not None else "the last step")
+    base, parent, steps = manifest.base, manifest.parent, []
+    if base:
+        mark = f"revision `{base.revision}`" if base.revision else f"weights `{base.weights}`"
+        embedded = " (alignlab's embedded toy model)" if recipe.model.name == "toy" else ""
+        steps.append(f"base: `{base.name}`{embedded}, {mark}")
+    if parent and parent.run:
+        steps.append(f"SFT: `{parent.run}`, weights `{parent.weights}`")
+    elif parent:
+        steps.append(f"start: `{parent.start}`")
+    kept = "the last step" if manifest.best_step is None else f"step {manifest.best_step}"
     steps.append(f"{facts['stage'].upper()}: `{run.path}`, {kept} of {facts['steps']}, weights `{made.weights}`")
     return [*steps, f"this export: {made.base_is}"]
 

@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
 from alignlab import __version__
+from alignlab.disk import write_text
 from alignlab.errors import RunError
 from alignlab.report.facts import facts_of_run, facts_of_runs, facts_of_sweep, plain
 from alignlab.report.verdict import duration, number
-from alignlab.run import Run, write_text
+from alignlab.run import SWEEP, Run, find_run, runs_folder
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ SWEEP_COLUMNS = (
 
 def write_report(path: Path) -> Path:
     """Writes `report.html` and `report.json` into a run directory, or into a folder that holds a `sweep.json`."""
-    facts = facts_of_sweep(path) if (path / "sweep.json").is_file() else facts_of_run(path)
+    facts = facts_of_sweep(path) if (path / SWEEP).is_file() else facts_of_run(path)
     return _write(facts, path / "report.html")
 
 
@@ -72,53 +73,15 @@ def report_line(path: Path) -> str:
 
 
 def find_runs(recipe: str, names: Sequence[str] = ()) -> list[Path]:
-    """The folders that `alignlab report RECIPE --run NAME …` is about.
+    """The folders that `alignlab report RECIPE --run NAME …` is about; RECIPE as for `run.find_run`.
 
-    RECIPE is a run directory, a folder of runs, or a recipe's name or file, whose runs are under `runs/`; the recipe
-    itself need not be there. Without names: the sweep where there is one, else the run of `last_run`.
+    Without names: the sweep where there is one, else the last run.
     """
-    folder = runs_folder(recipe)
     if names:
-        return [_named(folder, name) for name in names]
-    return [folder] if Run(folder).manifest or (folder / "sweep.json").is_file() else [last_run(recipe)]
-
-
-def last_run(recipe: str) -> Path:
-    """The DPO run that was started last, else the last SFT run; RECIPE as for `find_runs`."""
+        return [find_run(recipe, name).path for name in names]
     folder = runs_folder(recipe)
-    if Run(folder).manifest:
-        return folder
-    runs = _runs_in(folder)
-    if not runs and folder.is_dir() and (folder / "metrics.jsonl").is_file():
-        raise RunError(
-            f"{folder} has no manifest.json, so it is no run directory; copy it whole from where it was made"
-        )
-    if not runs:
-        raise RunError(f"there is no run of {recipe} yet (looked in {folder}); make one with alignlab dpo {recipe}")
-    return max(runs, key=lambda path: (Run(path).manifest.get("stage") == "dpo", _started(path)))
-
-
-def runs_folder(recipe: str) -> Path:
-    """Where the runs of RECIPE are: `runs/NAME` for a recipe's name or file, a folder itself."""
-    path = Path(recipe)
-    if path.is_dir():
-        return path
-    return Path("runs") / (path.stem if path.suffix in (".yaml", ".yml") else recipe)
-
-
-def _named(folder: Path, name: str) -> Path:
-    if not Run(folder / name).manifest:
-        there = ", ".join(path.name for path in _runs_in(folder)) or "none"
-        raise RunError(f"{folder / name} holds no run; there: {there}")
-    return folder / name
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    return sorted(file.parent for file in folder.glob("*/manifest.json"))
-
-
-def _started(path: Path) -> str:
-    return str(Run(path).manifest.get("started") or "")
+    is_sweep = (folder / SWEEP).is_file() and not Run(folder).has_started
+    return [folder if is_sweep else find_run(recipe).path]
 
 
 def _write(facts: Mapping[str, Any], page: Path) -> Path:
@@ -175,7 +138,7 @@ def _pictures(examination: Mapping[str, Any]) -> list[tuple[str, str, Markup]]:
     """Drawings of the data with what they show in words, and the numbers behind them as text."""
     from alignlab.report.pictures import draw_features, draw_lengths
 
-    histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"]]
+    histogram, features = examination["histogram"], [f for f in examination["features"] if f["n"] and f["high"]]
     tokens = "; ".join(
         f"{name}: median {of['median']:,}, 95% at most {of['p95']:,}, longest {of['max']:,}"
         for name, of in examination["tokens"].items()
@@ -315,7 +278,7 @@ def _where_rows(run: Mapping[str, Any]) -> dict[str, str | None]:
     wall, training = where["wall_seconds"], where["training_seconds"]
     return {
         "status": f"{run['status']}{': ' + run['stop_reason'] if run['stop_reason'] else ''}",
-        "kept weights": run["kept"] or (f"step {run['best_step']}" if run["best_step"] is not None else ""),
+        "kept weights": "" if run["best_step"] is None else f"step {run['best_step']}",
         "base model": where["base"],
         "reference": run["reference"],
         "parent run": run["parent"],

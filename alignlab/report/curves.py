@@ -6,11 +6,12 @@ import contextlib
 import gc
 import itertools
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from alignlab.estimate import is_number
 
 Z95 = 1.96  # standard errors to each side of a 95 % band over many pairs or replies
 POINTS = 240  # of a curve that has its chart to itself: more than the chart has pixels to show
@@ -107,10 +108,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or not is_number(row.get("step")):
         return None
     return {key: row[key] for key in READ & row.keys()}
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (float, int) and math.isfinite(value)
 
 
 def charts(runs: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from alignlab.errors import RunError
 from alignlab.report.curves import charts
-from alignlab.report.reading import read_evaluation, read_run, read_sweep
+from alignlab.report.reading import read_evaluation, read_run, sweep_facts
 from alignlab.report.replies import harmless, judged_cases, side_by_side
 from alignlab.report.verdict import compare_verdict, sweep_verdict, verdict
-from alignlab.run import Run
+from alignlab.run import Run, read_sweep
 
 TEXT_CHARACTERS = 20_000  # of any other text than a reply: a recipe, an error, a name
 FIRST = ("dpo", "model", "data", "sft", "monitor")  # the sections whose differences come first
@@ -39,8 +39,10 @@ def facts_of_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
 def facts_of_sweep(folder: Path) -> dict[str, Any]:
     """The facts of a sweep: its members' runs as far as they are there, the frontier and the choice."""
-    sweep = read_sweep(folder / "sweep.json")
-    there = {m["name"]: folder / m["name"] for m in sweep["members"] if Run(folder / m["name"]).manifest}
+    written = read_sweep(folder)
+    assert written is not None, f"{folder} holds a sweep"
+    sweep = sweep_facts(written)
+    there = {m["name"]: folder / m["name"] for m in sweep["members"] if Run(folder / m["name"]).has_started}
     found = [read_run(path) for name, path in sorted(there.items(), key=lambda item: item[0] != sweep["choice"])]
     labels = {m["name"]: m["label"] for m in sweep["members"]}
     for run in found:

@@ -6,28 +6,22 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from alignlab import typed
 from alignlab.errors import RunError
-from alignlab.report.curves import is_number, read_metrics
+from alignlab.estimate import Estimate, is_number
+from alignlab.report.curves import read_metrics
 from alignlab.report.replies import last_samples
 from alignlab.report.verdict import with_interval
-from alignlab.run import EXAMINATION, Run
+from alignlab.run import EXAMINATION, Examination, Figures, Manifest, Rows, Run, Sweep, SweepMember, parent_of
 
-TEST = {  # name in the manifest → name here, and whether it is a share
-    "rewards/accuracies": ("accuracy", True),
-    "rewards/margins": ("margin", False),
-    "perplexity": ("perplexity", False),
-    "reference_perplexity": ("reference_perplexity", False),
-    "kl": ("kl", False),
-    "reply_tokens": ("reply_tokens", False),
-    "eos_rate": ("eos_rate", True),
-}
-EXAMINED = {"tokens": dict, "histogram": dict, "findings": list, "features": list}  # what a report shows of the data
+SHARES = ("accuracy", "eos_rate")
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
 
@@ -37,52 +31,51 @@ def read_run(path: Path) -> dict[str, Any]:
     rows, notices = read_metrics(run.metrics_file)
     manifest = _manifest(run, bool(rows))
     samples, split = last_samples(run.samples_file)
-    stage, consumed = manifest["stage"], _table(manifest.get("consumed"))
+    stage, consumed = manifest.stage, manifest.consumed
     settings, data, model = (_table(consumed.get(key)) for key in (stage, "data", "model"))
     evaluation = read_evaluation(path / "eval.json")
-    test = _test(_table(manifest.get("test")), sum(row.get("split") == "test" for row in samples))
+    examination, faults = _examination(run, manifest.data)
+    test = _test(manifest.test, sum(row.get("split") == "test" for row in samples))
     return {
         "name": path.resolve().name,
         "recipe": path.resolve().parent.name,
         "folder": str(path),
         "stage": stage,
         **_fate(manifest, rows, settings),
-        "limits": _table(manifest.get("limits")),
-        "warnings": [w for w in manifest.get("warnings") or [] if isinstance(w, dict) and "guard" in w],
+        "limits": asdict(manifest.limits) if manifest.limits else {},
+        "warnings": [asdict(warning) for warning in manifest.warnings],
         "versus": _versus(model),
         "reference_name": "SFT" if _versus(model) == "SFT" else "reference",
-        "reference": manifest.get("reference"),
-        "parent": _table(manifest.get("parent")).get("run"),
-        "before": _before(path, manifest),
+        "reference": manifest.reference,
+        "parent": manifest.parent and manifest.parent.run,
+        "before": _before(parent_of(run)),
         "beta": settings.get("beta"),
         "test": test,
-        "win_rate": _win_rate(stage, _table(manifest.get("test")), data.get("source"), evaluation),
+        "win_rate": _win_rate(stage, manifest.test, data.get("source"), evaluation),
         "evaluation": evaluation,
-        "evaluations": _evaluations(rows, manifest.get("best_step")),
-        "data": _table(manifest.get("data")),
-        "examination": _examination(run, _table(manifest.get("data"))),
+        "evaluations": _evaluations(rows, manifest.best_step),
+        "data": asdict(manifest.data) if manifest.data else {},
+        "examination": examination,
         "data_from": {key: data.get(key) for key in ("source", "path", "subset", "format") if data.get(key)},
         "samples_split": split,
         "where": _where(manifest),
         "recipe_yaml": _recipe_text(run, consumed),
         "settings": _settings(run, consumed),
-        "command": manifest.get("command"),
+        "command": manifest.command,
         "repeat": f"alignlab {stage} {shlex.quote(str(run.recipe_file))} --run again",
-        "notices": notices,
+        "notices": [*notices, *faults],
         "rows": rows,
         "samples": samples,
     }
 
 
-def _manifest(run: Run, has_metrics: bool) -> dict[str, Any]:
-    manifest = run.manifest
-    if not manifest:
+def _manifest(run: Run, has_metrics: bool) -> Manifest:
+    if not run.has_started:
         raise RunError(
             f"{run.path} holds no run (it has no manifest.json); name a run directory, such as runs/tiny/dpo"
         )
-    if manifest.get("stage") not in ("sft", "dpo"):
-        raise RunError(f"{run.manifest_file} names no stage that a report knows ({manifest.get('stage')!r})")
-    if manifest.get("status") == "finished" and not has_metrics:
+    manifest = run.manifest
+    if manifest.status == "finished" and not has_metrics:
         raise RunError(f"{run.path} is finished, but has no metrics.jsonl; copy it from where the run was made")
     return manifest
 
@@ -91,23 +84,22 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _examination(run: Run, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What `alignlab data` has found in these very rows, where it was asked."""
+def _examination(run: Run, data: Rows | None) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """What `alignlab data` has found in these very rows, where it was asked; and what is wrong with its file."""
+    file = run.path.parent / EXAMINATION
+    if not data or not data.fingerprint or not file.is_file():
+        return None, []
     try:
-        found = _table(json.loads((run.path.parent / EXAMINATION).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-    if not data.get("fingerprint") or found.get("fingerprint") != data["fingerprint"]:
-        return None
-    if not all(isinstance(found.get(name), kind) for name, kind in EXAMINED.items()):
-        return None
-    return {name: found[name] for name in EXAMINED}
+        found = typed.read_file(Examination, file, f"make it anew with alignlab data {run.path.parent.name}")
+    except RunError as e:
+        return None, [str(e)]
+    return (asdict(found) if found.fingerprint == data.fingerprint else None), []
 
 
-def _fate(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings) -> dict[str, Any]:
+def _fate(manifest: Manifest, rows: Sequence[Mapping[str, Any]], settings) -> dict[str, Any]:
     """How far the run came, and what ended it: a guard, an interruption, or nothing but its plan."""
-    status, reason = manifest.get("status", "running"), manifest.get("stop_reason")
-    steps = manifest.get("steps", rows[-1]["step"] if rows else None)
+    status, reason = manifest.status, manifest.stop_reason
+    steps = rows[-1]["step"] if manifest.steps is None and rows else manifest.steps
     planned = _planned_steps(settings, rows)
     logged = rows[-1].get("time") if rows else None
     early = status != "running" and planned is not None and steps is not None and steps < planned
@@ -118,16 +110,15 @@ def _fate(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settin
         "steps": steps,
         "planned_steps": planned,
         "ended_early": early,
-        "best_step": manifest.get("best_step"),
-        "kept": manifest.get("kept"),
+        "best_step": manifest.best_step,
         "silent_seconds": round(max(0.0, time.time() - logged)) if is_number(logged) else None,
     }
 
 
-def _ended(manifest: Mapping[str, Any], status: str, reason: str) -> str | None:
+def _ended(manifest: Manifest, status: str, reason: str) -> str | None:
     if status == "stopped" and reason.startswith("interrupted"):
         return "interrupted"
-    stops = _table(manifest.get("limits")).get("action") == "stop" and manifest.get("warnings")
+    stops = manifest.limits and manifest.limits.action == "stop" and manifest.warnings
     planned = reason.startswith(("all ", "no better"))
     return "guard" if stops and status in ("stopped", "finished") and not planned else None
 
@@ -147,27 +138,28 @@ def _versus(model: Mapping[str, Any]) -> str:
     return "the model it started from" if model.get("start") else "SFT"
 
 
-def _test(test: Mapping[str, Any], replies: int) -> dict[str, Any]:
+def _test(test: Figures | None, replies: int) -> dict[str, Any]:
     """The test figures, each an estimate with its interval as far as its error is known."""
-    found = {}
-    for name, (called, share) in TEST.items():
-        value = test.get(name)
-        if is_number(value):
-            n = test.get("n", replies if called in OVER_REPLIES and replies else None)
-            value = {"mean": value, "stderr": test.get(f"{name}_stderr"), "n": n}
-        if isinstance(value, Mapping) and (estimate := with_interval(value, share)):
-            found[called] = estimate
-    return found
+    if test is None:
+        return {}
+    figures = {"accuracy": test.accuracy, "margin": test.margin}
+    for name in ("perplexity", "reference_perplexity", *OVER_REPLIES):
+        n = replies or None if name in OVER_REPLIES else test.n
+        figures[name] = Estimate(getattr(test, name), getattr(test, f"{name}_stderr", None), n)
+    found = {name: with_interval(asdict(of), name in SHARES) for name, of in figures.items() if of}
+    return {name: of for name, of in found.items() if of}
 
 
-def _win_rate(stage: str, test, source: str | None, evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _win_rate(
+    stage: str, test: Figures | None, source: str | None, evaluation: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """How often the policy beats its reference: as `alignlab eval` judged it, else by the toy's rule."""
     for row in (evaluation or {}).get("win_rates") or []:
         names = (row.get("a"), row.get("b"))
         if stage == "dpo" and set(names) == {"dpo", "sft"} and (estimate := with_interval(row.get("raw"), True)):
             ours = estimate if names[0] == "dpo" else mirrored(estimate)
             return {**ours, "judge": _judge(evaluation.get("judge"))}
-    if estimate := with_interval(test.get("win_rate"), True):
+    if test and test.win_rate and (estimate := with_interval(asdict(test.win_rate), True)):
         return {**estimate, "judge": "by the toy's rule" if source == "toy" else None}
     return None
 
@@ -203,40 +195,31 @@ def _evaluation_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], **{called: value for called, value in figures.items() if is_number(value)}}
 
 
-def _before(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The SFT run's own evaluation before its first step, which is the base model's, and its figure on the test split.
-
-    The SFT run is looked for where the manifest says and beside this run, so that folders may be moved.
-    """
-    name = _table(manifest.get("parent")).get("run")
-    for folder in (path.resolve().parent / Path(str(name)).name, Path(str(name))) if name else ():
-        rows, _ = read_metrics(folder / "metrics.jsonl")
-        if rows and rows[0]["step"] == 0:
-            return _evaluation_row(rows[0])
-    return None
+def _before(parent: Run | None) -> dict[str, Any] | None:
+    """The SFT run's own evaluation before its first step, which is the base model's."""
+    rows, _ = read_metrics(parent.metrics_file) if parent else ([], [])
+    return _evaluation_row(rows[0]) if rows and rows[0]["step"] == 0 else None
 
 
-def _where(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _where(manifest: Manifest) -> dict[str, Any]:
     """Machine, versions, time and memory."""
-    machine, processes = _table(manifest.get("machine")), manifest.get("world_size")
-    seconds = manifest.get("training_seconds")
-    gpu = machine.get("gpu") or machine.get("gpus")
+    processes, seconds = manifest.world_size, manifest.training_seconds
     hours = seconds * (processes or 1) / 3600 if is_number(seconds) else None
     return {
-        "machine": machine,
-        "versions": _table(manifest.get("versions")),
-        "git_commit": manifest.get("git_commit"),
-        "started": manifest.get("started"),
-        "finished": manifest.get("finished"),
-        "wall_seconds": _between(manifest.get("started"), manifest.get("finished")),
+        "machine": {name: value for name, value in asdict(manifest.machine).items() if value is not None},
+        "versions": manifest.versions,
+        "git_commit": manifest.git_commit,
+        "started": manifest.started,
+        "finished": manifest.finished,
+        "wall_seconds": _between(manifest.started, manifest.finished),
         "training_seconds": seconds,
         "processes": processes,
-        "device": "GPU" if gpu else "CPU",
+        "device": "GPU" if manifest.machine.gpus else "CPU",
         "device_hours": hours,
-        "peak_memory_gib": manifest.get("peak_memory_gib"),
-        "planned_gib": manifest.get("planned_gib"),
-        "base": _table(manifest.get("base")).get("name"),
-        "wandb_id": manifest.get("wandb_id"),
+        "peak_memory_gib": manifest.peak_memory_gib,
+        "planned_gib": manifest.planned_gib,
+        "base": manifest.base and manifest.base.name,
+        "wandb_id": manifest.wandb_id,
     }
 
 
@@ -285,28 +268,23 @@ def read_evaluation(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def read_sweep(file: Path) -> dict[str, Any]:
+def sweep_facts(sweep: Sweep) -> dict[str, Any]:
     """What `alignlab sweep` wrote: the members with their estimates, and the choice."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        members = [_member(member) for member in found["members"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise RunError(f"{file} is not a sweep's ({type(e).__name__}: {e}); make it anew with alignlab sweep") from None
-    keys = ("rule", "max_kl", "choice", "why")
-    return {"recipe": found.get("recipe") or "", **{key: found.get(key) for key in keys}, "members": members}
+    return {**asdict(sweep), "members": [_member(member) for member in sweep.members]}
 
 
-def _member(member: Mapping[str, Any]) -> dict[str, Any]:
-    shares = {"accuracy": True, "win_rate": True}
-    names = ("margin", "margin_over_beta", "accuracy", "kl", "win_rate")
-    settings = _table(member.get("settings"))
-    short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+def _member(member: SweepMember) -> dict[str, Any]:
+    short = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in member.settings.items())
+    figures = {}
+    for name in ("margin", "margin_over_beta", "accuracy", "kl", "win_rate"):
+        figure = getattr(member, name)
+        figures[name] = figure and with_interval(asdict(figure), name in ("accuracy", "win_rate"))
     return {
-        "name": Path(member["run"]).name,
-        "label": short or Path(member["run"]).name,
-        "settings": dict(settings),
-        "status": member.get("status"),
-        "error": member.get("error"),
-        **{name: with_interval(_table(member.get(name)), shares.get(name, False)) for name in names},
-        "perplexity_change": member.get("perplexity_change"),
+        "name": member.run,
+        "label": short or member.run,
+        "settings": dict(member.settings),
+        "status": member.status,
+        "error": member.error,
+        **figures,
+        "perplexity_change": member.perplexity_change,
     }

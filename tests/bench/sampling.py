@@ -25,11 +25,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from alignlab import model as models
 from alignlab.arguments import Circumstances
+from alignlab.disk import write_json
 from alignlab.figures import held_out_prompts
 from alignlab.plan.memory import GIB
 from alignlab.probe import measured
 from alignlab.recipe import KLSection, load_recipe
-from alignlab.run import Run, write_json
+from alignlab.run import Run
 from alignlab.samples import Samples
 from alignlab.train import dpo_config, prepare_data
 from alignlab.trainers import AlignDPOTrainer
