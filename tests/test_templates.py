@@ -17,6 +17,7 @@ from alignlab.data import prepare
 from alignlab.errors import DataError, ModelError
 from alignlab.export.chat import chat_template, reads_as_in_training
 from alignlab.format import FIXED_DAY, Dialogue, Format, training_template, with_settings
+from alignlab.listing import without_effect
 from alignlab.model import load_tokenizer
 from alignlab.prompts import as_transcript
 from alignlab.recipe import DataSection, load_recipe
@@ -163,6 +164,8 @@ def test_a_templates_settings_hold_in_training_and_wherever_its_tokenizer_goes(t
     assert render() == Format("chat", tokenizer).prompt(ASKED) and render().endswith("</think>\n\n")
     assert not render(enable_thinking=True).endswith("</think>\n\n")  # whoever asks gets what was asked for
     assert load_tokenizer(recipes[0].model).chat_template == tokenizer.chat_template
+    other = load_recipe(str(tmp_path / "r.yaml"), ["model.chat_template_kwargs.a=1", "data.format=hh"])
+    assert without_effect(other) == {"model.chat_template_kwargs": "only data.format: chat uses it"}
 
 
 @pytest.mark.parametrize("value", [False, None, 3, 'it\'s "so"\n', ["a", {"b": True}]])
