@@ -137,9 +137,10 @@ class Format:
         """Where a sampled reply ends: its format's end, the tokenizer's EOS, and `more` ids that a model ends with."""
         ends = self._ends
         tokens = self.tokenizer.convert_tokens_to_ids([end for end in ends if end in self._added_tokens])
+        known = {token for token in (*more, *tokens) if token < len(self.tokenizer)}
         eos = self.tokenizer.eos_token_id
-        ids = (eos, *sorted({*more, *tokens} - {eos}))
-        spelled = tuple(self.tokenizer.decode([each]) or f"token {each}" for each in ids)
+        ids = (eos, *sorted(known - {eos}))
+        spelled = tuple(self.tokenizer.decode([token]) for token in ids)
         texts = tuple(end for end in ends if end not in self._added_tokens)
         return Stops(ids, spelled, texts, self.frame.opening)
 

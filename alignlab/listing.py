@@ -119,7 +119,9 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data.source != "toy":
         yield from ((f"data.toy.{name}", "only data.source: toy uses it") for name in asdict(recipe.data.toy))
     if recipe.data.format != "chat":
-        yield "model.chat_template", "only data.format: chat uses it"
+        yield from (
+            (f"model.{key}", "only data.format: chat uses it") for key in ("chat_template", "chat_template_kwargs")
+        )
     for stage in STAGES:
         if "max_steps" in getattr(recipe, stage) and getattr(recipe, stage)["max_steps"] > 0:
             yield f"{stage}.num_train_epochs", f"{stage}.max_steps decides"

@@ -141,7 +141,7 @@ class Manifest:
     base: Base | None = None
     parent: Parent | None = None
     reference: str | None = None  # in a sentence
-    stops: Sequence[str] = ()  # where a reply ends
+    stops: Sequence[str] = ()  # at which a sampled reply ends
     stored_reference: bool | None = None  # whether its log-probabilities came from the store
     limits: Limits | None = None
     warnings: Sequence[Warned] = ()

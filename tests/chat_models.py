@@ -44,7 +44,7 @@ BEFORE_NEXT = (  # the end of a turn stands only where another turn follows
 THINK = (  # as Qwen 3: a thought, empty where there is none, before the last reply alone
     "{%- for m in messages %}{%- if m['role'] == 'assistant' %}{%- set t = m.get('reasoning_content') or '' %}"
     "<|im_start|>assistant\n{% if loop.last %}<think>\n{{ t }}\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
-    "{%- else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{%- endfor %}"
+    "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{%- endif %}"
 )

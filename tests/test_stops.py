@@ -10,13 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignlab.cli import main
+from alignlab.disk import read_lines
 from alignlab.evaluate import Wishes, evaluate
 from alignlab.export import Wish, export, summarize
 from alignlab.format import Dialogue, Format
 from alignlab.generate import sample_replies
 from alignlab.model import find_stops, load_tokenizer
 from alignlab.recipe import load_recipe
-from alignlab.run import read_lines
 from alignlab.train import train_dpo
 from alignlab.transcript import Turn
 
@@ -96,12 +96,12 @@ def test_an_instruct_model_that_writes_only_its_end_of_turn(kind, tmp_path, monk
     run = train_dpo(load_recipe(recipe_for(tmp_path, folder_of(kind, tmp_path))))
     assert [row["eval/eos_rate"] for row in read_lines(run.metrics_file) if "eval/eos_rate" in row] == [1.0, 1.0]
     assert {row["reply"] for row in run.samples()} == {row["reference_reply"] for row in run.samples()} == {"Yes."}
-    assert run.manifest.test.eos_rate == 1.0 and run.manifest.stops == ["<eos>", *KINDS[kind][3]]
+    assert run.manifest.test.eos_rate == 1.0 and list(run.manifest.stops) == ["<eos>", *KINDS[kind][3]]
     found = json.loads(evaluate([run], Wishes(replies=4, max_new_tokens=40)).read_text())
     rows = {row["measure"]: row["values"] for row in found["table"]}
     assert rows["ended by itself"]["dpo"]["mean"] == rows["ended by itself"]["base"]["mean"] == 1.0
     assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
-    assert found["stops"] == run.manifest.stops
+    assert found["stops"] == list(run.manifest.stops)
     exported = export(run, tmp_path / "out", Wish(dtype="float32"))
     if kind == "plain text":  # no token ends a reply, so that a request has to name the text
         assert 'stop  at "[/GONE]" too' in summarize(exported)
@@ -128,7 +128,7 @@ def test_alpacas_next_instruction_ends_a_reply_in_evaluation_as_in_training(tmp_
     assert {(row["reply"], row["ended"]) for row in run.samples()} == {("Yes.", True)}
     found = json.loads(evaluate([run], Wishes(replies=4, max_new_tokens=40)).read_text())
     assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
-    assert found["stops"] == run.manifest.stops == ["<eos>", "\n\n### Instruction:"]
+    assert found["stops"] == list(run.manifest.stops) == ["<eos>", "\n\n### Instruction:"]
 
 
 def test_what_a_model_ends_with_by_its_own_settings_is_among_the_stops(tmp_path):

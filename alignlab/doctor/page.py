@@ -34,6 +34,7 @@ def render(examination: Mapping[str, Any]) -> str:
         "tokens    " + "".join(f"{name:>9}" for name in ("mean", *PERCENTILES)),
         *(_token_line(name, examination["tokens"][name]) for name in ("prompt", "chosen", "rejected")),
         *_turns(examination["turns"]),
+        *_stops(examination.get("stops") or ()),
         "",
         f"the longer reply is the chosen one: {bias['longer_is_chosen']:.3f} ± {bias['stderr']:.3f} (n={bias['n']:,})",
         _shortcuts(examination["shortcuts"]),
@@ -54,6 +55,10 @@ def _turns(turns: Mapping[str, int]) -> list[str]:
     most = max(map(int, turns))
     some = ", ".join(f"{count:,} of {n}" for n, count in list(turns.items())[:6])
     return [f"prompts by Human turns: {some}" + (f", … up to {most}" if len(turns) > 6 else "")]
+
+
+def _stops(stops: Sequence[str]) -> list[str]:
+    return [f"a reply ends at {' or '.join(map(repr, stops))}"] if stops else []
 
 
 def _shortcuts(found: Mapping[str, Any]) -> str:
