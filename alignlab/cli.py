@@ -164,8 +164,8 @@ def _export(args: argparse.Namespace) -> None:
     from alignlab.export import Wish, export, summarize
     from alignlab.run import Run, find_run, finished
 
-    of_recipe = not (args.best or Run(Path(args.recipe)).has_started)
-    run = finished(find_run(args.recipe, args.run or ("dpo" if of_recipe else None), best=args.best))
+    is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
+    run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
     wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
     made = export(run, Path(args.to), wish)
     print(summarize(made))

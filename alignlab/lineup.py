@@ -26,7 +26,7 @@ def find_runs(
     """
     if recipe is None and not runs:
         raise RecipeError("which recipe? name one, as in `alignlab eval tiny`, or runs with --runs A B C")
-    if sum((bool(run), bool(runs), best)) > 1:
+    if sum((run is not None, bool(runs), best)) > 1:
         raise RecipeError("--run, --runs and --best each say which runs are evaluated; give one of them")
     if runs:
         if len({Path(each).as_posix() for each in runs}) < len(runs):
@@ -34,7 +34,7 @@ def find_runs(
         found = [_one_of(recipe, each, root) for each in runs]
         return [finished(run) for run in found]
     assert recipe is not None
-    if run or best or runs_folder(recipe, root) == Path(recipe):
+    if run is not None or best or runs_folder(recipe, root) == Path(recipe):
         return [finished(find_run(recipe, run, best=best, root=root))]
     return [finished(_default(recipe, overrides, root))]
 

@@ -196,7 +196,9 @@ class Found:
     name: str
     level: str
     says: str
-    count: int
+    count: int  # of pairs
+    of: int | None = None  # pairs that were looked at
+    share: float | None = None
     shown: Sequence[Example] = ()
     advice: str = ""
 
@@ -335,8 +337,8 @@ def check_name(name: str, where: str = "--run") -> str:
     if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         shown = repr(name) if len(name) <= 100 else f"{name[:20]!r}… of {len(name)} characters"
         raise RunError(
-            f"{where} {shown} is no name of a run: at most {LONGEST_NAME} letters (a to z), digits and ._=+-, "
-            f"with a letter or a digit first"
+            f"{where} {shown} is no name of a run; write at most {LONGEST_NAME} letters, digits and ._=+-, "
+            f"with a letter or digit first"
         )
     return name
 
@@ -352,12 +354,12 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: 
     """
     folder = runs_folder(recipe, root)
     if Run(folder).has_started:
-        if name or best:
+        if name is not None or best:
             raise RunError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
         return Run(folder)
     if best:
         return _chosen(folder)
-    if name:
+    if name is not None:
         return _there(folder / check_name(name), recipe)
     if not (runs := runs_in(folder)):
         return _there(folder, recipe)

@@ -158,8 +158,10 @@ def test_runs_of_one_seed_have_wandb_ids_of_their_own_and_a_resumed_run_keeps_it
     seen = []
     for name in ("one", "other", "one"):
         (tmp_path / name).mkdir(exist_ok=True)
+        run = Run(tmp_path / name)
+        run.note(stage="dpo", status="running")
         set_seed(42)
-        with wandb_run(Run(tmp_path / name), "quick"):
+        with wandb_run(run, "quick"):
             seen.append(os.environ["WANDB_RUN_ID"])
     assert seen[0] == seen[2] != seen[1]
     assert "WANDB_RUN_ID" not in os.environ and os.environ["WANDB_MODE"] == "offline"

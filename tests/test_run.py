@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignlab import cli
 from alignlab import run as runs
 from alignlab.disk import append_line, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
+from alignlab.recipe import LONGEST_NAME, load_recipe, run_name
 from alignlab.run import Run, cut_back, opened
 
 SETTINGS = {"data": {"source": "toy", "seed": 0}, "model": {"name": "toy", "lora": {"r": 16}}, "dpo": {"beta": 0.1}}
@@ -362,3 +364,65 @@ def test_where_no_checkpoint_is_whole_there_is_none(tmp_path):
     only = checkpoint(run, 8)
     (only / "trainer_state.json").write_text("{}")
     assert runs.last_whole_checkpoint(run) == (None, [only])
+
+
+# --- names ---
+
+NO_NAMES = (
+    "",
+    ".",
+    "..",
+    "../evil",
+    "a/b",
+    "/tmp/x",
+    ".hidden",
+    "-x",
+    "a b",
+    "a\x1b[31m",
+    "a\n",
+    "ä",
+    "a\x00b",
+    "a" * 101,
+)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_is_no_folder_beside_others_is_refused(name, tmp_path, monkeypatch, capsys):
+    """By every command that takes one, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=f"is no name of a run; write at most {LONGEST_NAME} letters, digits and"):
+        runs.check_name(name)
+    given = [f"--run={name}"]
+    commands = [["sft", "tiny"], ["dpo", "tiny"], ["eval", "tiny"], ["report", "tiny"], ["export", "tiny", "--to", "x"]]
+    for command in commands:
+        assert cli.main([*command, *given]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("--run ") and "is no name of a run" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo-beta0.3", "dpo-loss_type=sigmoid+sft", "a" * 100, "7", "_x"])
+def test_a_name_of_letters_digits_and_a_few_marks_is_one(name):
+    assert runs.check_name(name) == name
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "dpo.beta=0.3",
+                "data.path=/a/b.jsonl",
+                "dpo.loss_type=[sigmoid,sft]",
+                "data.seed=7",
+                "data.subset=" + "x" * 90,
+                "dpo.learning_rate=5e-7",
+                "model.start=../x y",
+            ]
+        ),
+        unique=True,
+    )
+)
+@settings(deadline=None)
+def test_the_name_that_settings_give_is_one(overrides):
+    recipe = load_recipe("mistral", overrides)
+    assert all(runs.check_name(run_name(recipe, stage)) for stage in ("sft", "dpo"))
