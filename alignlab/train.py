@@ -31,7 +31,7 @@ from alignlab.data.pairing import CUT
 from alignlab.disk import digest
 from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
-from alignlab.format import FIXED_DAY, Format
+from alignlab.format import FIXED_DAY, Format, Stops
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
@@ -186,8 +186,16 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
 def _made_from(recipe: Recipe, tokenizer, pairs: Prepared, base: Mapping[str, Any]) -> dict[str, Any]:
     """By content, what decides the result of a run besides its settings."""
     template = tokenizer.chat_template if recipe.data.format == "chat" else None
-    base_weights = base.get("weights") or base["revision"]
-    return {"data": pairs.fingerprint, "base weights": base_weights, "chat template": template and digest(template)}
+    return {
+        "data": pairs.fingerprint,
+        "base weights": base.get("weights") or base["revision"],
+        "chat template": template and digest(template),
+        "stops": _stops(recipe, tokenizer).said,
+    }
+
+
+def _stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stops:
+    return models.find_stops(recipe.model, Format(recipe.data.format, tokenizer))
 
 
 def _is_made(run: Run, made_from: Mapping[str, Any]) -> bool:
@@ -296,8 +304,7 @@ def _resume_point(run: Run) -> Path | None:
 
 def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
     interrupt = _add_callbacks(trainer, recipe, run)
-    form = Format(recipe.data.format, trainer.processing_class)
-    stops = models.find_stops(recipe.model, form)
+    stops = _stops(recipe, trainer.processing_class)
     run.note(stops=stops.said)
     log.info("a reply ends at %s", " or ".join(map(repr, stops.said)))
     prompts = held_out_prompts(recipe, pairs.validation, "validation", stops, trainer.args.seed)

@@ -35,7 +35,11 @@ def write_run(
         if scores is not None:
             written = [{"split": "validation", "pair": n, "chosen": c, "rejected": 0.0} for n, c in enumerate(scores)]
             disk.write_lines(path / "scores.jsonl", written)
-        data = {"kept": {"train": 9, "validation": 100, "test": 50}, "fingerprint": "same", **facts}
+        data = {
+            "kept": {"train": 9, "validation": len(scores or range(100)), "test": 50},
+            "fingerprint": "same",
+            **facts,
+        }
         run.note(status="finished", best_step=4, steps=4, data=data, test={})
     return run
 
@@ -87,6 +91,29 @@ def test_two_members_are_compared_over_the_same_pairs(small):
     members = find_members("small", [], "0.4,0.1")
     write_run(members, [m.beta for m in members.all].index(0.4), 1.0, scores=[1.0, 2.0, 3.0, 4.0])
     assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members).why
+
+
+def test_damaged_lines_are_named_and_other_figures_take_their_place(small, caplog):
+    """Without one of its scores a run has the margin of its log; without a reply its KL is a mean over 15."""
+    members = find_members("small", [], "0.1,0.2")
+    write_run(members, 0, 0.5, scores=[1.0, 2.0, 3.0, 4.0])
+    run = write_run(members, 1, 0.7, scores=[2.0, 4.0, 6.0, 8.0])
+    for file in (run.scores_file, run.samples_file):
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([*lines[:2], lines[2][:9] + b"\n", *lines[3:]]))
+    member = next(member for member in collect(members).members if member.run == run.path.name)
+    assert (member.margin.mean, member.kl.n) == (0.7, 15)
+    assert caplog.messages == [f"{file}:3 is damaged and left out" for file in (run.scores_file, run.samples_file)]
+
+
+def test_a_run_that_has_lost_its_first_evaluation_is_not_compared(small):
+    """The next one would be taken for the perplexity before training."""
+    members = find_members("small", [], "0.1,0.2")
+    write_run(members, 0, 0.5)
+    run = write_run(members, 1, 0.7)
+    run.metrics_file.write_bytes(b"{\n" + run.metrics_file.read_bytes().splitlines(keepends=True)[1])
+    member = next(member for member in collect(members).members if member.run == run.path.name)
+    assert (member.status, member.error) == ("failed", f"{run.metrics_file} has no perplexity before the first step")
 
 
 def test_runs_that_kept_no_scores_say_that_the_error_is_not_known(small):

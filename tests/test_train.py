@@ -178,8 +178,9 @@ def own(folders, of_seconds, tmp_path):
         (lambda folder: without_the_last_row(folder / "rows.jsonl"), "data was"),
         (lambda folder: double_the_weights(folder / "base" / "model.safetensors"), "base weights was"),
         (lambda folder: other_template(folder / "base" / "chat_template.jinja"), "chat template was"),
+        (lambda folder: other_end(folder / "base" / "generation_config.json"), "stops was ['<eos>'"),
     ],
-    ids=["data", "base weights", "chat template"],
+    ids=["data", "base weights", "chat template", "stops"],
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_made_from_something_else_is_refused_and_keeps_its_facts(finished, change, said, own, tmp_path):
@@ -195,6 +196,12 @@ def test_a_run_made_from_something_else_is_refused_and_keeps_its_facts(finished,
         train_dpo(own, root=tmp_path)
     assert run.manifest.made_from == made_from and run.manifest.data.fingerprint == made_from["data"]
     assert train_sft(own, root=tmp_path, force=True).manifest.made_from != made_from
+
+
+def other_end(file: Path) -> None:
+    """One at which `generate` ends a reply besides the EOS."""
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "eos_token_id": [facts["eos_token_id"], 7]}))
 
 
 def without_the_last_row(file: Path) -> None:

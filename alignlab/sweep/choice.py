@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import read_lines, write_json
+from alignlab.disk import write_json
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, is_number, mean_estimate
 from alignlab.recipe import consumed
@@ -126,8 +126,10 @@ def _measured(member: Member, path: Path, facts: Mapping[str, Any]) -> Measured:
         raise RunError(f"{path}/metrics.jsonl has no evaluation at step {facts['best_step']}, whose weights were kept")
     if lacking := [name for name in NEEDED if not is_number(kept.get(f"eval/{name}"))]:
         raise RunError(f"{path}/metrics.jsonl has no number for eval/{lacking[0]} at step {kept['step']}")
+    if evaluated[0]["step"] != 0 or not is_number(evaluated[0].get("eval/perplexity")):
+        raise RunError(f"{path}/metrics.jsonl has no perplexity before the first step")
     pairs, beta = (facts["data"].get("kept") or {}).get(SPLIT), member.beta
-    logratios = _logratios(path)
+    logratios = _logratios(path, pairs)
     margins = [beta * (chosen - rejected) for chosen, rejected in logratios]
     if logratios:
         margin = mean_estimate(margins)
@@ -152,20 +154,17 @@ def _measured(member: Member, path: Path, facts: Mapping[str, Any]) -> Measured:
     )
 
 
-def _logratios(path: Path) -> list[tuple[float, float]]:
-    """log π ÷ π_ref of each validation pair's chosen and rejected reply, in nats, where the run has kept them."""
-    return [(row["chosen"], row["rejected"]) for row in _lines(Run(path).scores_file) if row["split"] == SPLIT]
+def _logratios(path: Path, pairs: int | None) -> list[tuple[float, float]]:
+    """log π ÷ π_ref of each validation pair's chosen and rejected reply, in nats, where the run has kept them all."""
+    rows = [row for row in Run(path).scores() if row["split"] == SPLIT]
+    there = [row["pair"] for row in rows]
+    if there != list(range(len(rows) if pairs is None else pairs)):
+        return []
+    return [(row["chosen"], row["rejected"]) for row in rows]
 
 
 def _replies(path: Path, step: int) -> int | None:
-    return sum(row["step"] == step and row["split"] == SPLIT for row in _lines(Run(path).samples_file)) or None
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return read_lines(file)
-    except ValueError as e:
-        raise RunError(f"{file} cannot be read ({e}); copy it again from where the run was made") from None
+    return sum(row["step"] == step and row["split"] == SPLIT for row in Run(path).samples()) or None
 
 
 def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = False) -> Estimate:
