@@ -19,12 +19,12 @@ from alignlab.fields import library_settings
 
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
-    "errors disk typed estimate rules fields store written recipe listing arguments launch guards run quality summary "
-    "transcript files words format prompts refusals toy "
+    "errors text disk typed estimate rules fields store written recipe listing arguments launch guards run quality "
+    "summary transcript files words format prompts refusals toy "
     "plan.shapes plan.tape plan.layers plan.memory plan "
     "report.curves report.verdict report.replies report.reading report.facts report.charts report.pictures report "
-    "data.messages data.layouts data.splits data.rows data.pairing data.ledger data.prepared data.identity data.preparation "
-    "data "
+    "data.messages data.layouts data.splits data.rows data.pairing data.ledger data.prepared data.identity "
+    "data.preparation data "
     "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.doubles doctor.near doctor.texts "
     "doctor.damage doctor.shortcuts "
     "doctor.costs doctor.description doctor.examination doctor.page "
