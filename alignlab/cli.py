@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
-from alignlab.errors import AlignlabError
+from alignlab.errors import AlignlabError, RecipeError
 from alignlab.launch import Killed, leave
 from alignlab.options import read_arguments
+from alignlab.text import harmless, harmless_json, one_line
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Killed as e:
         return _say(f"{e}; the same command goes on from the last checkpoint", 128 + e.number)
     except AlignlabError as e:
-        return _fail(str(e), args)
+        faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
+        return _fail("\n".join(faults), args)
     except Exception as e:
         if not _is_full_disk(e):
             raise
@@ -58,7 +61,7 @@ def _list(args: argparse.Namespace) -> None:
     found = list_recipes()
     width = max(len(name) for name, _, _ in found)
     for name, about, _ in found:
-        print(f"{name:{width}}  {about}")
+        _print(f"{name:{width}}  {one_line(about)}")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -74,11 +77,11 @@ def _show(args: argparse.Namespace) -> None:
     if args.json:
         from alignlab.train import stops_of
 
-        print(json.dumps({**recipe_facts(recipe, arguments), "stops": stops_of(recipe)}, ensure_ascii=False))
+        _print(harmless_json({**recipe_facts(recipe, arguments), "stops": stops_of(recipe)}))
         return
-    print(show_recipe(recipe))
+    _print(show_recipe(recipe))
     for stage, given in arguments.items():
-        print("\n" + show_arguments(stage, given, recipe))
+        _print("\n" + show_arguments(stage, given, recipe))
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -99,7 +102,7 @@ def _data(args: argparse.Namespace) -> int:
     stops = find_stops(recipe.model, Format(recipe.data.format, tokenizer)).said
     examination = {**examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts]), "stops": stops}
     kept = write_examination(examination, Path("runs") / recipe.name)
-    print(json.dumps(examination, ensure_ascii=False) if args.json else f"{render(examination)}\n\n{kept}")
+    _print(harmless_json(examination) if args.json else f"{render(examination)}\n\n{kept}")
     failed = failures(examination["findings"], limits)
     return _say("\n".join(f"data: {line}" for line in failed), 1) if failed else 0
 
@@ -110,14 +113,14 @@ def _report(args: argparse.Namespace) -> None:
 
     paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
     for path in paths:
-        print(write_report(path))
+        _print(write_report(path))
 
 
 def _compare(args: argparse.Namespace) -> None:
     from alignlab.report import write_comparison
     from alignlab.run import find_run
 
-    print(write_comparison([find_run(run).path for run in args.runs], Path(args.out) if args.out else None))
+    _print(write_comparison([find_run(run).path for run in args.runs], Path(args.out) if args.out else None))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -134,9 +137,9 @@ def _eval(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
     wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
     file = evaluate(runs, wishes)
-    print(show(json.loads(file.read_text(encoding="utf-8")), file))
+    _print(show(json.loads(file.read_text(encoding="utf-8")), file))
     if (file.parent / "manifest.json").is_file():
-        print(report_line(file.parent))
+        _print(report_line(file.parent))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -148,12 +151,12 @@ def _plan(args: argparse.Namespace) -> None:
     if not args.probe:
         page = plan_facts if args.json else show_plan
         found = page(recipe, stages, gpus, cuda=cuda)
-        print(json.dumps(found, ensure_ascii=False) if args.json else found)
+        _print(harmless_json(found) if args.json else found)
         return
     from alignlab.probe import probe
 
     for stage in stages:
-        print(show_probe(stage, probe(recipe, stage)))
+        _print(show_probe(stage, probe(recipe, stage)))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -168,11 +171,11 @@ def _export(args: argparse.Namespace) -> None:
     run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
     wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
     made = export(run, Path(args.to), wish)
-    print(summarize(made))
+    _print(summarize(made))
     if args.push:
         from alignlab.export.hub import push
 
-        print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
+        _print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -180,13 +183,13 @@ def _cache(args: argparse.Namespace) -> None:
     from alignlab.store import clear_store, list_store
 
     if args.clear:
-        print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
+        _print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
         return
     entries = [(entry, f"reference: {entry.reference}") for entry in list_store()]
     entries += [(entry, f"data: {entry.about}") for entry in list_prepared()]
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-        print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+        _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
 
 
 def _train(args: argparse.Namespace) -> int | None:
@@ -205,8 +208,8 @@ def _train(args: argparse.Namespace) -> int | None:
     if _is_main_process():
         from alignlab.report import report_line
 
-        print(summarize(run))
-        print(report_line(run.path))
+        _print(summarize(run))
+        _print(report_line(run.path))
     return None
 
 
@@ -216,7 +219,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
 
     members = find_members(args.recipe, args.overrides, args.betas, args.grid)
     if args.print:
-        print("\n".join(commands(members)))
+        _print("\n".join(commands(members)))
         return None
     if args.collect:
         table = collect(members)
@@ -226,7 +229,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
         if args.shared:
             return share(members)
         table = run_members(members)
-    print(render(table, members.folder))
+    _print(render(table, members.folder))
     return 2 if any(member.status == "failed" for member in table.members) else None
 
 
@@ -280,8 +283,18 @@ def _fail(message: str, args: argparse.Namespace) -> int:
 
 def _say(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    _print(message if rank == "0" else f"[rank {rank}] {message}", sys.stderr)
     return code
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """The one way to the terminal but for logging: what recipes, data and models hold cannot act on it."""
+    print(harmless(text), file=file)
+
+
+class _Harmless(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 # How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
@@ -304,7 +317,9 @@ def _import_transformers_unheard() -> None:
 
 def _configure_logging() -> None:
     """Our lines on stderr as they are; other libraries' warnings, but for those nobody using alignlab can act on."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("alignlab").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
     # bitsandbytes asks for an optional CPU kernel from the hub and goes on without it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

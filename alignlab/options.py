@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from alignlab import __version__
+from alignlab.text import harmless
+
+
+class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message and harmless(message))
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,7 +28,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="alignlab",
         description="Aligns a language model to preferences: a recipe describes the run, TRL trains it.",
         epilog="alignlab COMMAND --help has examples.",

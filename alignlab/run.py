@@ -514,7 +514,7 @@ def _move_aside(path: Path) -> None:
     aside = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old{n}")).exists())
     path.rename(aside)
     path.mkdir()
-    print(f"{path}: the older run is kept as {aside}", file=sys.stderr)
+    log.info("%s: the older run is kept as %s", path, aside)
 
 
 def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from alignlab.estimate import Estimate, is_number
 from alignlab.run import Figures, Manifest, Run
+from alignlab.text import one_line
 
 SHOWN_REPLIES = 3
 
@@ -92,10 +93,9 @@ def _side_by_side(samples: list[dict[str, Any]]) -> list[str]:
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    """Text of a model or a dataset, made harmless for a terminal and cut to four lines."""
-    printable = "".join(c if c.isprintable() else " " for c in text).strip() or "(empty)"
+    """Text of a model or a dataset, cut to four lines."""
     width = max(40, min(110, shutil.get_terminal_size().columns) - 14)
-    lines = textwrap.wrap(printable, width, max_lines=4, placeholder=" …")
+    lines = textwrap.wrap(one_line(text) or "(empty)", width, max_lines=4, placeholder=" …")
     return [f"  {label if i == 0 else '':10} {line}" for i, line in enumerate(lines)]
 
 

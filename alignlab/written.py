@@ -66,7 +66,7 @@ class Text:
             yield from self.leaves(loader, value, below, faults)
 
     def _word(self, node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode) or not node.value:
+        if not isinstance(node, yaml.ScalarNode) or not node.value or not node.value.isprintable():
             raise RecipeError(f"{self.at(node.start_mark)} has a key that is not a word; write key: value")
         return node.value
 
@@ -109,7 +109,7 @@ def read_overrides(overrides: Sequence[str], faults: list[str]) -> dict[Key, Wri
     for override in overrides:
         name, equals, value = override.partition("=")
         where = f"command line: {override!r}"
-        if not (equals and value.strip() and all(name.split("."))):
+        if not (equals and value.strip() and all(name.split(".")) and name.isprintable()):
             faults.append(f"{where} is not an override; write section.key=value, such as dpo.beta=0.3")
             continue
         text = Text(value, where, Path(), is_file=False)

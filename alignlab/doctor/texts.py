@@ -15,6 +15,7 @@ from ftfy.badness import BADNESS_RE
 
 from alignlab.doctor.finding import Level
 from alignlab.refusals import is_refusal
+from alignlab.text import one_line
 from alignlab.transcript import split_turns
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -158,14 +159,13 @@ def _span(found: re.Match | None) -> Span | None:
 
 
 def excerpt(text: str, start: int, end: int) -> str:
-    """About a hundred characters around a place, on one line and safe to print: what cannot be seen is escaped.
+    """About a hundred characters around a place, on one line and safe to print.
 
     >>> excerpt("Stop\\x1b[2J now", 4, 5)
-    'Stop\\\\x1b[2J now'
+    'Stop⟨U+001B⟩[2J now'
     """
     begin = max(0, min(start - EXCERPT // 3, len(text) - EXCERPT))
-    part = text[begin : begin + EXCERPT]
-    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
+    seen = one_line(text[begin : begin + EXCERPT])
     return "…" * (begin > 0) + seen + "…" * (begin + EXCERPT < len(text))
 
 

@@ -17,9 +17,9 @@ from alignlab.estimate import is_number
 from alignlab.format import Stops
 from alignlab.recipe import Recipe, sections_of, write_yaml
 from alignlab.report.reading import read_run, sweep_facts
-from alignlab.report.replies import harmless
 from alignlab.report.verdict import number, percent, verdict
 from alignlab.run import Run, read_sweep
+from alignlab.text import harmless
 
 QUESTION = "How do I keep a pot of basil alive?"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

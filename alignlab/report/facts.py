@@ -11,9 +11,10 @@ from typing import Any
 from alignlab.errors import RunError
 from alignlab.report.curves import charts
 from alignlab.report.reading import read_evaluation, read_run, sweep_facts
-from alignlab.report.replies import harmless, judged_cases, side_by_side
+from alignlab.report.replies import judged_cases, side_by_side
 from alignlab.report.verdict import compare_verdict, sweep_verdict, verdict
 from alignlab.run import Run, read_sweep
+from alignlab.text import harmless
 
 TEXT_CHARACTERS = 20_000  # of any other text than a reply: a recipe, an error, a name
 FIRST = ("dpo", "model", "data", "sft", "monitor")  # the sections whose differences come first

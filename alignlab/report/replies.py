@@ -10,24 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import toy
+from alignlab.text import harmless
 
 SHOWN = 3  # of each kind
 PROMPT_CHARACTERS = 700
 REPLY_CHARACTERS = 900
 SEED = "report"
 TURN = re.compile(r"\n\n(Human|Assistant):")
-
-# What could act on a page instead of standing on it: control characters but tab and newline, marks that turn the
-# direction of text or hide, tags, and what UTF-8 cannot hold. Joiners stay: scripts and emoji need them.
-UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ufffe\uffff\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
-
-def harmless(text: str) -> str:
-    """The text with each character that acts instead of showing written out, as in `⟨U+202E⟩`."""
-    return UNSAFE.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
 def shortened(text: str, most: int, keep_end: bool = False) -> str:
