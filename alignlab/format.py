@@ -220,16 +220,6 @@ class Format:
         return bool(self._marks) and mark in self._render(self._marks, add_generation_prompt=True, template=template)
 
     @cached_property
-    def writes_tools(self) -> bool:
-        """Whether the tools of a dialogue reach the model."""
-        tool = {"name": "weigh_anchor", "description": "", "parameters": {"type": "object", "properties": {}}}
-        if self._marks is None:
-            return False
-        with contextlib.suppress(DataError):
-            return tool["name"] in self.prompt(replace(self._marks, tools=[{"type": "function", "function": tool}]))
-        return False
-
-    @cached_property
     def writes_reasoning(self) -> bool:
         """Whether the reasoning of a reply reaches the model; `reply` leaves it out where it does not."""
         if self._marks is None:

@@ -124,9 +124,8 @@ def test_tools_are_handed_to_a_template_that_writes_them():
     form, other = form_for(made.TOOLS), form_for(made.CHATML)
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
     asked = dataclasses.replace(ASKED, tools=[tool])
-    assert form.writes_tools and '"name": "weather"' in form.prompt(asked)
-    assert not other.writes_tools and other.prompt(asked) == other.prompt(ASKED)
-    assert not Format("hh", form.tokenizer).writes_tools
+    assert '"name": "weather"' in form.prompt(asked)
+    assert other.prompt(asked) == other.prompt(ASKED)
 
 
 @pytest.mark.parametrize("mark", ["#", "</think>"])
