@@ -1,7 +1,7 @@
 """How a dialogue reads to a model: the prompt and reply strings, their token ids, and where a sampled reply ends.
 
 One `Format` serves SFT, DPO, evaluation, generation and export alike. The ids are those that TRL makes of the same
-strings: the tokenizer's BOS once, and one EOS behind a reply.
+strings: the tokenizer's BOS once, and behind a reply one EOS, or the token with which a chat template ends a turn.
 """
 
 from __future__ import annotations
@@ -158,6 +158,13 @@ class Format:
         text = written[:start].rstrip()
         return text or token
 
+    @cached_property
+    def end(self) -> str:
+        """The token behind a reply in training: that with which the chat template ends a turn, or else the EOS."""
+        ending = self.frame.ending.rstrip()
+        last = max((token for token in self._added_tokens if ending.endswith(token)), key=len, default=self.eos)
+        return self.eos if self.eos in ending else last
+
     @property
     def learns_end(self) -> bool:
         """Whether training shows the end of a turn as the template writes it, not an EOS in its place."""
@@ -213,16 +220,6 @@ class Format:
         return bool(self._marks) and mark in self._render(self._marks, add_generation_prompt=True, template=template)
 
     @cached_property
-    def writes_tools(self) -> bool:
-        """Whether the tools of a dialogue reach the model."""
-        tool = {"name": "weigh_anchor", "description": "", "parameters": {"type": "object", "properties": {}}}
-        if self._marks is None:
-            return False
-        with contextlib.suppress(DataError):
-            return tool["name"] in self.prompt(replace(self._marks, tools=[{"type": "function", "function": tool}]))
-        return False
-
-    @cached_property
     def writes_reasoning(self) -> bool:
         """Whether the reasoning of a reply reaches the model; `reply` leaves it out where it does not."""
         if self._marks is None:
@@ -235,7 +232,7 @@ class Format:
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, bos=not self.writes_bos)
+        return Encoder(self.tokenizer, bos=not self.writes_bos, end=self.end)
 
     def prompt(self, dialogue: Dialogue) -> str:
         """What the model sees before it replies."""
@@ -250,17 +247,14 @@ class Format:
         return prompt
 
     def reply(self, dialogue: Dialogue, prompt: str, text: str, reasoning: str | None = None) -> str:
-        """What follows the prompt when `text` is the reply, up to the EOS and without it.
-
-        A template that writes no EOS gets one behind all that it writes.
-        """
+        """What follows the prompt when `text` is the reply, up to its `end` and without it."""
         if self.name != "chat":
             return WRITINGS[self.name].reply(text)
         turn = Turn("Assistant", text, reasoning if self.writes_reasoning else None)
         written = self._behind(_with_input(dialogue), prompt, turn)
         if any(part.strip() not in written for part in re.split(f"{_THINK}|{_THOUGHT}", text)):
             raise DataError(f"the chat template drops a part of the reply; {_OTHER_TEMPLATE}")
-        return written.partition(self.eos)[0]
+        return written.partition(self.end)[0]
 
     def _behind(self, dialogue: Dialogue, prompt: str, reply: Turn) -> str:
         """All that the chat template writes behind the prompt where this is the reply."""
@@ -285,7 +279,7 @@ class Format:
 
     def bare(self, reply: str) -> str:
         """A reply without what the chat template wrote around it."""
-        return reply.removeprefix(self.frame.opening).removesuffix(self.frame.ending.partition(self.eos)[0])
+        return reply.removeprefix(self.frame.opening).removesuffix(self.frame.ending.partition(self.end)[0])
 
     def prompt_ids(self, dialogue: Dialogue) -> list[int]:
         """The token ids of a prompt, BOS included: what training saw, and what generation starts from."""

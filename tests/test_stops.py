@@ -10,13 +10,14 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignlab.cli import main
+from alignlab.data import prepare
 from alignlab.disk import read_lines
 from alignlab.evaluate import Wishes, evaluate
 from alignlab.export import Wish, export, summarize
 from alignlab.format import Dialogue, Format
 from alignlab.generate import sample_replies
 from alignlab.model import find_stops, load_tokenizer
-from alignlab.recipe import load_recipe
+from alignlab.recipe import DataSection, load_recipe
 from alignlab.train import train_dpo
 from alignlab.transcript import Turn
 
@@ -65,6 +66,25 @@ def test_a_template_says_where_its_replies_end(kind):
     assert form.learns_end is (kind not in ("next turn", "before the next"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [
+        ("gemma", "<end_of_turn>"),
+        ("phi", "<eos>"),
+        ("llama", "<|eot_id|>"),
+        ("plain text", "<eos>"),
+        ("next turn", "<eos>"),
+    ],
+)
+def test_a_reply_is_learned_up_to_the_token_that_ends_its_turn(kind, end):
+    """Phi's template writes the EOS behind its own end; where no token ends a turn, an EOS does."""
+    tokenizer = made.chat_tokenizer(KINDS[kind][0])
+    section = DataSection(path=str(CASE), format="chat", validation_share=0.3, test_share=0.3)
+    ids = prepare(section, tokenizer).train["chosen_ids"]
+    assert {tokenizer.decode(reply[-1:]) for reply in ids} == {end}
+    assert {sum(tokenizer.decode([token]) == end for token in reply) for reply in ids} == {1}
+
+
 def test_an_end_of_turn_that_is_the_eos_is_one_stop():
     tokenizer = made.chat_tokenizer(made.CHATML, eos="<|im_end|>")
     assert Format("chat", tokenizer).stops().said == ["<|im_end|>"]
@@ -96,6 +116,8 @@ def test_an_instruct_model_that_writes_only_its_end_of_turn(kind, tmp_path, monk
     run = train_dpo(load_recipe(recipe_for(tmp_path, folder_of(kind, tmp_path))))
     assert [row["eval/eos_rate"] for row in read_lines(run.metrics_file) if "eval/eos_rate" in row] == [1.0, 1.0]
     assert {row["reply"] for row in run.samples()} == {row["reference_reply"] for row in run.samples()} == {"Yes."}
+    if kind == "gemma":  # its chosen replies are what it writes, end included: nothing in them surprises it
+        assert run.manifest.test.perplexity < 1.001
     assert run.manifest.test.eos_rate == 1.0 and list(run.manifest.stops) == ["<eos>", *KINDS[kind][3]]
     found = json.loads(evaluate([run], Wishes(replies=4, max_new_tokens=40)).read_text())
     rows = {row["measure"]: row["values"] for row in found["table"]}

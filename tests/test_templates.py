@@ -97,14 +97,13 @@ def test_a_reply_closes_the_thought_that_its_prompt_opens(name):
     form = form_for(OWN.get(name, made.OPENED), END.get(name, "<eos>"))
     prompt = form.prompt(ASKED)
     assert prompt.endswith("<think>\n") and form.writes_reasoning
-    end = form.frame.ending.partition(form.eos)[0]
-    assert form.reply(ASKED, prompt, " Yes.") == f"\n</think>\n\nYes.{end}"
+    assert form.reply(ASKED, prompt, " Yes.") == "\n</think>\n\nYes."
     assert form.bare(form.reply(ASKED, prompt, " Yes.")) == "Yes."
     for reply in (
         form.reply(ASKED, prompt, " Yes.", "They ask."),
         form.reply(ASKED, prompt, " <think>\nThey ask.\n</think>\n\nYes."),
     ):
-        assert reply.startswith("They ask.") and reply.endswith(f"Yes.{end}") and reply.count("</think>") == 1
+        assert reply.startswith("They ask.") and reply.endswith("Yes.") and reply.count("</think>") == 1
         assert "<think>" not in reply
 
 
@@ -112,11 +111,11 @@ def test_reasoning_is_handed_to_a_template_that_writes_it():
     form = form_for(made.THINK)
     prompt = form.prompt(ASKED)
     assert form.writes_reasoning and not form_for(made.CHATML).writes_reasoning
-    assert form.reply(ASKED, prompt, " Yes.", "They ask.") == "<think>\nThey ask.\n</think>\n\nYes.<|im_end|>\n"
-    assert form.reply(ASKED, prompt, " Yes.") == "<think>\n\n</think>\n\nYes.<|im_end|>\n"
+    assert form.reply(ASKED, prompt, " Yes.", "They ask.") == "<think>\nThey ask.\n</think>\n\nYes."
+    assert form.reply(ASKED, prompt, " Yes.") == "<think>\n\n</think>\n\nYes."
     assert form.stops().opening == "<think>\n\n</think>\n\n"
     plain = form_for(made.CHATML)
-    assert plain.reply(ASKED, plain.prompt(ASKED), " Yes.", "They ask.") == "Yes.<|im_end|>\n"
+    assert plain.reply(ASKED, plain.prompt(ASKED), " Yes.", "They ask.") == "Yes."
     earlier = Dialogue([*ASKED.turns, Turn("Assistant", " So.", "Hm."), Turn("Human", " And?")])
     assert "Hm." not in form.prompt(earlier) and "So." in form.prompt(earlier)
 
@@ -125,18 +124,17 @@ def test_tools_are_handed_to_a_template_that_writes_them():
     form, other = form_for(made.TOOLS), form_for(made.CHATML)
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
     asked = dataclasses.replace(ASKED, tools=[tool])
-    assert form.writes_tools and '"name": "weather"' in form.prompt(asked)
-    assert not other.writes_tools and other.prompt(asked) == other.prompt(ASKED)
-    assert not Format("hh", form.tokenizer).writes_tools
+    assert '"name": "weather"' in form.prompt(asked)
+    assert other.prompt(asked) == other.prompt(ASKED)
 
 
-@pytest.mark.parametrize("written", ["{{ m['content'][:3] }}", "{{ m['content'].split('</think>')[-1] }}"])
-def test_a_template_that_drops_a_part_of_a_reply_is_told_by_it(written):
-    form = form_for(made.CHATML.replace("{{ m['content'] }}", written))
-    prompt = form.prompt(Dialogue([Turn("Human", " Hm?")]))
-    assert form.reply(Dialogue([Turn("Human", " Hm?")]), prompt, " Yes") == "Yes<|im_end|>\n"
+@pytest.mark.parametrize("mark", ["#", "</think>"])
+def test_a_template_that_drops_a_part_of_a_reply_is_told_by_it(mark):
+    form = form_for(made.CHATML.replace("m['content']", f"m['content'].split('{mark}')[-1]"))
+    prompt = form.prompt(ASKED)
+    assert form.reply(ASKED, prompt, " Yes") == "Yes"
     with pytest.raises(DataError, match=r"drops a part of the reply; set model\.chat_template"):
-        form.reply(Dialogue([Turn("Human", " Hm?")]), prompt, " I think.</think>Yes")
+        form.reply(ASKED, prompt, f" I think.{mark}Yes")
 
 
 # Settings
@@ -158,7 +156,7 @@ def test_a_templates_settings_hold_in_training_and_wherever_its_tokenizer_goes(t
     assert [recipe.model.chat_template_kwargs for recipe in recipes] == [written, written]
     tokenizer, pairs = prepare_data(recipes[0])
     assert pairs.train[0]["prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert pairs.train[0]["chosen"] == "Yes.<|im_end|>\n"
+    assert pairs.train[0]["chosen"] == "Yes."
     asked = [{"role": "user", "content": "Why?"}]
     render = lambda **given: tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **given)
     assert render() == Format("chat", tokenizer).prompt(ASKED) and render().endswith("</think>\n\n")

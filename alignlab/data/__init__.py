@@ -49,11 +49,11 @@ SFT_COLUMNS = {"input_ids": "ids", "labels": "ids"}
 class Prepared:
     """Preference pairs ready for TRL, and the account of how they came about.
 
-    Each split has `prompt`, `chosen`, `rejected` (what the model sees, without BOS and EOS unless a chat template
+    Each split has `prompt`, `chosen`, `rejected` (what the model sees, without BOS and end unless a chat template
     writes them into the prompt) and `prompt_ids`, `chosen_ids`, `rejected_ids`: what TRL's `DPOTrainer` makes of these
-    strings, but that a reply that was cut carries no EOS (it would teach the model to stop anywhere). Where the source
-    has it, `confidence` is that of the person who preferred. `file` and `line` say which row a pair comes from: the
-    number of its name in `files`, and the line or row there.
+    strings, but that a reply ends with `Format.end`, and one that was cut with nothing (it would teach the model to
+    stop anywhere). Where the source has it, `confidence` is that of the person who preferred. `file` and `line` say
+    which row a pair comes from: the number of its name in `files`, and the line or row there.
     """
 
     train: datasets.Dataset
