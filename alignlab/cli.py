@@ -26,7 +26,6 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "WANDB_ERROR_REPORTING": "false",
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
-    "WANDB_SILENT": "true",  # the run directory says where things are; wandb's banner says it again
 }
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import netrc
 import os
 import resource
 import secrets
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
+from alignlab.arguments import wandb_is_off
 from alignlab.disk import append_line, sync, write_json
 from alignlab.errors import ModelError
 from alignlab.guards import Alarm, alarms
@@ -39,6 +39,8 @@ SHOWN = {  # of an evaluation, on the terminal
     "eval_reply_tokens": "tokens per reply",
 }
 LOSS_TOLERANCE = 0.01
+WANDB_SECONDS = 4  # within which a run of wandb's begins online, or else is offline
+WANDB_FINISH_SECONDS = 60  # that a finished run waits for what is not uploaded yet
 PEAK_RESET, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -369,34 +371,56 @@ def peak_memory() -> int:
 
 @contextlib.contextmanager
 def wandb_run(run: Run, group: str) -> Iterator[None]:
-    """Names this run for wandb and ends it with the context; offline by itself where nobody is logged in.
+    """A run of wandb's that ends with the context: online where wandb's own login holds, else offline, and said.
 
     `WANDB_MODE`, `WANDB_PROJECT` and the other variables of wandb's own win. A resumed run goes on in its wandb run,
     whose id is in the manifest; the runs of a recipe share a group.
     """
+    if not run.is_writer or wandb_is_off():
+        yield
+        return
     wandb_id = run.manifest.wandb_id or secrets.token_hex(4)  # `random` is seeded by now
     own = {"WANDB_RUN_ID": wandb_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.path)}
+    own["WANDB_MODE"] = os.environ.get("WANDB_MODE") or "online"
     named = {"WANDB_PROJECT": "alignlab", "WANDB_NAME": f"{group}/{run.path.name}", "WANDB_RUN_GROUP": group}
-    mode = {} if _wandb_login() else {"WANDB_MODE": "offline"}
+    named["WANDB_SILENT"] = "true"  # its greeting asks its server three times who this is, and waits
     before = dict(os.environ)
-    os.environ.update({**named, **mode, **before, **own})
-    if os.environ.get("WANDB_MODE") != "disabled":
-        run.note(wandb_id=wandb_id)
+    os.environ.update({**named, **before, **own})
+    run.note(wandb_id=wandb_id)
+    import wandb  # a second, which runs without it are spared
+
     try:
+        if not _start_wandb():
+            before["WANDB_MODE"] = "offline"  # for later runs of this process, which need not wait again
         yield
     finally:
-        if (wandb := sys.modules.get("wandb")) and wandb.run is not None:
+        try:
             wandb.finish()
             wandb.teardown()  # or the next run of this process would be written into the folder of this one
+        except Exception as e:  # its service has died; what was logged is in metrics.jsonl
+            log.warning("wandb: not ended (%s); `wandb sync` uploads %s later", type(e).__name__, run.path / "wandb")
         os.environ.clear()
         os.environ.update(before)
 
 
-def _wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _start_wandb() -> bool:
+    """Starts the run that Trainer's callback will find; whether it is online, which one line says, and why not."""
+    import wandb
+
+    why = "as WANDB_MODE says"
+    if os.environ.get("WANDB_MODE") not in ("offline", "dryrun"):
+        settings = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
+        try:
+            if wandb.login(prompt=False, verify=False):
+                begun = wandb.init(settings=settings)
+                log.info("wandb: online as %s, %s", begun.entity, begun.url)
+                return True
+            why = "nobody is logged in; `wandb login` does it"
+        except (wandb.Error, ValueError) as e:  # refused, out of reach, or a variable that holds nonsense
+            reason = " ".join(str(e).splitlines()[:3])
+            why = f"no run could begin ({reason}); `wandb sync` uploads it later"
+    log.info("wandb: offline, %s", why)
+    wandb.teardown()
+    os.environ["WANDB_MODE"] = "offline"
+    wandb.init()
+    return False

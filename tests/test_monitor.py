@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import os
 import resource
+import time
 
 import pytest
 import torch
+from fake_hub import serving
+from fake_wandb import KnowingNobody, NeverAnswering, Taking
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from alignlab import monitor
+from alignlab.arguments import wandb_is_off
 from alignlab.errors import ModelError
 from alignlab.monitor import (
     EvaluateAtEnd,
@@ -151,6 +155,85 @@ def test_a_sigmoid_loss_other_than_ln_2_is_refused(loss):
 
 
 # --- wandb ---
+
+
+@pytest.fixture
+def wandb_at(tmp_path, monkeypatch, caplog):
+    """A function: a server → what a run says of wandb that begins there, logged in by a key, and the run."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_MODE")
+    run = Run(tmp_path)
+
+    def begin(handler: type) -> tuple[str, Run]:
+        with serving(handler) as url:
+            monkeypatch.setenv("WANDB_BASE_URL", url)
+            with wandb_run(run, "quick"):
+                pass
+        return "\n".join(record.message for record in caplog.records if record.name == monitor.__name__), run
+
+    return begin
+
+
+def test_who_is_logged_in_at_wandb_runs_online(wandb_at):
+    said, run = wandb_at(Taking)
+    assert said.startswith("wandb: online as ada, http://127.0.0.1:") and len(said.splitlines()) == 1
+    assert list(run.path.glob(f"wandb/run-*-{run.manifest['wandb_id']}"))
+
+
+@pytest.mark.parametrize(
+    ("handler", "why"), [(KnowingNobody, "user is not logged in"), (NeverAnswering, "context deadline exceeded")]
+)
+def test_a_server_that_refuses_or_hangs_makes_the_run_an_offline_one_within_ten_seconds(handler, why, wandb_at):
+    began = time.monotonic()
+    said, run = wandb_at(handler)
+    assert time.monotonic() - began < 10
+    assert said.startswith("wandb: offline, no run could begin (") and why in said and len(said.splitlines()) == 1
+    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest['wandb_id']}"))
+
+
+def test_without_a_network_the_next_run_of_the_process_does_not_wait_again(wandb_at):
+    wandb_at(NeverAnswering)
+    began = time.monotonic()
+    said, _ = wandb_at(NeverAnswering)
+    assert time.monotonic() - began < 4
+    assert said.splitlines()[1] == "wandb: offline, as WANDB_MODE says"
+
+
+@pytest.mark.parametrize("variable", [{"WANDB_API_KEY": "short"}, {"WANDB_MODE": "onlin"}])
+def test_a_variable_that_wandb_refuses_ends_no_run(variable, wandb_at, monkeypatch):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_at(Taking)[0].startswith("wandb: offline, no run could begin (")
+
+
+def test_wandbs_own_login_is_the_one_that_counts(wandb_at, tmp_path, monkeypatch):
+    """A key in its file, under whatever host it writes there (0.31: another one than api.wandb.ai)."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_at(Taking)[0] == "wandb: offline, nobody is logged in; `wandb login` does it"
+    monkeypatch.delenv("WANDB_MODE")
+
+    with serving(Taking) as url:
+        wbauth.write_netrc_auth(host=url, api_key="0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        with wandb_run(Run(tmp_path), "quick"):
+            assert not wandb.run.offline and wandb.run.entity == "ada"
+
+
+@pytest.mark.parametrize("off", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_where_wandb_is_off_no_run_of_its_own_begins(off, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    for name, value in off.items():
+        monkeypatch.setenv(name, value)
+    with wandb_run(Run(tmp_path), "quick"):
+        assert "WANDB_RUN_ID" not in os.environ and wandb_is_off()
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_of_one_seed_have_wandb_ids_of_their_own_and_a_resumed_run_keeps_its(tmp_path, monkeypatch):
