@@ -179,7 +179,7 @@ def wandb_at(tmp_path, monkeypatch, caplog):
 def test_who_is_logged_in_at_wandb_runs_online(wandb_at):
     said, run = wandb_at(Taking)
     assert said.startswith("wandb: online as ada, http://127.0.0.1:") and len(said.splitlines()) == 1
-    assert list(run.path.glob(f"wandb/run-*-{run.manifest['wandb_id']}"))
+    assert list(run.path.glob(f"wandb/run-*-{run.manifest.wandb_id}"))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_server_that_refuses_or_hangs_makes_the_run_an_offline_one_within_ten_
     said, run = wandb_at(handler)
     assert time.monotonic() - began < 10
     assert said.startswith("wandb: offline, no run could begin (") and why in said and len(said.splitlines()) == 1
-    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest['wandb_id']}"))
+    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest.wandb_id}"))
 
 
 def test_without_a_network_the_next_run_of_the_process_does_not_wait_again(wandb_at):
