@@ -72,12 +72,14 @@ def _data(args: argparse.Namespace) -> int:
     from alignlab.data import write_pairs
     from alignlab.doctor.examination import examine, write_examination
     from alignlab.doctor.page import render
+    from alignlab.prompts import texts_of
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
-    examination = examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts])
+    asked = {Path(file).name: texts_of(Path(file), args.prompt_column) for file in args.prompts}
+    examination = examine(pairs, recipe, tokenizer, asked)
     kept = write_examination(examination, Path("runs") / recipe.name)
     print(json.dumps(examination, ensure_ascii=False) if args.json else f"{render(examination)}\n\n{kept}")
     failed = failures(examination["findings"], limits)
@@ -113,7 +115,7 @@ def _eval(args: argparse.Namespace) -> None:
     paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
+    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
     wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
     file = evaluate(runs, wishes)
     print(show(json.loads(file.read_text(encoding="utf-8")), file))
@@ -215,9 +217,12 @@ def _launch(args: argparse.Namespace, recipe) -> int:
 
 
 def _recipe(args: argparse.Namespace):
+    from alignlab.data.rows import refuse_missing_paths
     from alignlab.recipe import load_recipe
 
-    return load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
+    refuse_missing_paths(recipe)
+    return recipe
 
 
 CALLS = {

@@ -20,13 +20,13 @@ from alignlab.fields import library_settings
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
     "errors hub rules fields store written recipe listing arguments launch guards run quality summary transcript files "
-    "words format prompts refusals toy intervals "
+    "words format refusals toy intervals "
     "plan.shapes plan.tape plan.layers plan.memory plan "
     "report.curves report.verdict report.replies report.reading report.facts report.charts report.pictures report "
     "data.messages data.layouts data.splits data.rows data.pairing data.ledger data.prepared data.identity "
-    "data.preparation data "
-    "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.doubles doctor.near doctor.texts "
-    "doctor.damage doctor.shortcuts "
+    "data.preparation data prompts "
+    "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.reading doctor.doubles doctor.near "
+    "doctor.texts doctor.damage doctor.shortcuts "
     "doctor.costs doctor.description doctor.examination doctor.page "
     "model measures generate heldout samples layout packing reference monitor pretrain trainers figures train probe "
     "sweep sweep.members sweep.choice sweep.runner "
