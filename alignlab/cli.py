@@ -93,13 +93,15 @@ def _data(args: argparse.Namespace) -> int:
     from alignlab.doctor.page import render
     from alignlab.format import Format
     from alignlab.model import find_stops
+    from alignlab.prompts import texts_of
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
+    asked = {Path(file).name: texts_of(Path(file), args.prompt_column) for file in args.prompts}
     stops = find_stops(recipe.model, Format(recipe.data.format, tokenizer)).said
-    examination = {**examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts]), "stops": stops}
+    examination = {**examine(pairs, recipe, tokenizer, asked), "stops": stops}
     kept = write_examination(examination, Path("runs") / recipe.name)
     _print(harmless_json(examination) if args.json else f"{render(examination)}\n\n{kept}")
     failed = failures(examination["findings"], limits)
@@ -133,7 +135,7 @@ def _eval(args: argparse.Namespace) -> None:
     paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
+    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
     wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
     file = evaluate(runs, wishes)
     _print(show(json.loads(file.read_text(encoding="utf-8")), file))
@@ -249,9 +251,12 @@ def _launch(args: argparse.Namespace, recipe) -> int:
 
 
 def _recipe(args: argparse.Namespace):
+    from alignlab.data.rows import refuse_missing_paths
     from alignlab.recipe import load_recipe
 
-    return load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
+    refuse_missing_paths(recipe)
+    return recipe
 
 
 CALLS = {

@@ -60,6 +60,7 @@ def _data(commands) -> None:
     data.add_argument("--out", metavar="FILE", help="write the prepared rows: split, prompt, chosen, rejected")
     about = "files of prompts to be evaluated on: are they in the training data?"
     data.add_argument("--prompts", nargs="+", default=[], metavar="FILE", help=about)
+    data.add_argument("--prompt-column", metavar="NAME", help="the column of their prompts, where it is not found")
     about = "exit with 1 where a finding (or any of a level: wrong, doubtful, note) is there, on more than this share"
     data.add_argument("--fail-on", nargs="+", default=[], metavar="NAME[=SHARE]", help=about)
 
@@ -144,8 +145,9 @@ def _eval(commands) -> None:
         nargs="+",
         default=[],
         help="prompts too: MT-Bench, XSTest, AdvBench, "
-        "StrongREJECT, or any .jsonl or .csv with prompt, and label where there is one",
+        "StrongREJECT, or any file with prompt, question or instruction, and label where there is one",
     )
+    on.add_argument("--prompt-column", metavar="NAME", help="the column of the prompts in these files")
     on.add_argument("--bias", metavar="FILE", help="stereotypes by likelihood: sentence pairs as CrowS-Pairs has them")
     on.add_argument("--replies", type=_count, default=256, metavar="N", help="held-out prompts answered; default 256")
     on.add_argument("--limit", type=_count, metavar="N", help="of pairs, prompts and rows of each file: a quick look")

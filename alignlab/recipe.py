@@ -129,6 +129,7 @@ class Recipe:
 SECTIONS = {"data": DataSection, "model": ModelSection, "monitor": MonitorSection, "sweep": SweepSection}
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
+_PATHS = (("data", "path"), ("data", "sft", "path"))
 _ABSENT = object()
 LONGEST_NAME = 100  # characters of a run's
 
@@ -286,7 +287,14 @@ def _read(key: Key, item: Written) -> Any:
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
     if limit and value is not None and not limit[0](value):
         raise ValueError(f"expected {limit[1]}")
+    if key in _PATHS and value:
+        return [_beside(one, item.folder) for one in value] if isinstance(value, list) else _beside(value, item.folder)
     return _template_text(value, item.folder) if key == _TEMPLATE and value else value
+
+
+def _beside(value: str, folder: Path) -> str:
+    """The path of what lies beside the recipe under this name; else the name, for the working folder or the hub."""
+    return shown(folder / value) if value and (folder / value).exists() else value
 
 
 def _template_text(value: str, folder: Path) -> str:

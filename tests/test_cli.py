@@ -198,6 +198,6 @@ def test_data_as_json_has_rows_kept_and_dropped_by_reason(write, tmp_path, capsy
     recipe = str(write(rows) / "r.yaml")
     assert main(["data", recipe, "--json", "--out", "pairs.jsonl"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["rows"], said["kept"], sum(said["dropped"].values())) == (201, 200, 1)
+    assert (said["rows_read"], said["kept"], sum(said["dropped"].values())) == (201, 200, 1)
     written = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     assert len(written) == 200 and written[0].keys() == {"split", "prompt", "chosen", "rejected"}

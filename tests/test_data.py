@@ -493,7 +493,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_says_where(tmp_path, words,
 
 def test_a_path_that_is_not_there_is_answered_with_the_nearest_name(tmp_path, words):
     write_lines(tmp_path / "pairs.jsonl", dialogues(9))
-    with pytest.raises(DataError, match=r"pears.jsonl: no such file or folder; did you mean .*pairs.jsonl\?"):
+    with pytest.raises(DataError, match=r"pears.jsonl': no such file or folder in .*; did you mean .*pairs.jsonl\?"):
         prepare(section(tmp_path / "pears.jsonl"), words)
     with pytest.raises(DataError, match=r"no folder 'helpful' inside \(there are pairs.jsonl\)"):
         prepare(section(tmp_path, subset="helpful"), words)

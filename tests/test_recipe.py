@@ -562,3 +562,52 @@ def test_sections_are_frozen_and_their_fields_are_the_recipe_keys():
     with pytest.raises(AttributeError):
         recipe.data.seed = 1
     assert {f.name for f in fields(recipe.data)} == asdict(recipe)["data"].keys()
+
+
+# Paths
+
+
+PATHS = {
+    "recipes/base.yaml": "model: {name: m}\ndata: {source: hh-rlhf, path: Org/hh, subset: helpful, split: train_a}",
+    "recipes/mine.yaml": "about: m\nextends: base\ndata: {path: rows.jsonl}",
+    "recipes/rows.jsonl": "{}",
+    "here.jsonl": "{}",
+}
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in PATHS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+
+def test_a_path_is_looked_for_beside_the_recipe_then_in_the_working_folder(paths):
+    assert load_recipe("mine").data.path == "recipes/rows.jsonl"
+    assert load_recipe("mine", ["data.path=here.jsonl"]).data.path == "here.jsonl"
+    assert load_recipe("mine", ["data.path=[here.jsonl, rows.jsonl]"]).data.path == ["here.jsonl", "rows.jsonl"]
+    assert load_recipe("base").data.path == "Org/hh"
+
+
+def test_what_was_said_of_another_path_is_not_said_of_a_new_one(paths):
+    """In a recipe that extends another, and on the command line; a copy of the same name keeps its parts."""
+    for data in (load_recipe("mine").data, load_recipe("base", ["data.path=here.jsonl"]).data):
+        assert (data.source, data.subset, data.split) == (None, None, "train")
+    copy = load_recipe("base", ["data.path=/copies/hh"]).data
+    assert (copy.source, copy.subset, copy.split) == (None, "helpful", "train_a")
+    said = load_recipe("base", ["data.path=here.jsonl", "data.source=pairs", "data.split=train_b"]).data
+    assert (said.source, said.subset, said.split) == ("pairs", None, "train_b")
+    assert load_recipe("base", ["data.sft.path=here.jsonl"]).data.source == "hh-rlhf"
+    assert load_recipe("tiny", ["data.path=here.jsonl"]).data.source is None
+
+
+@pytest.mark.parametrize("path", ["a b.jsonl", "a #1.jsonl", "~/x #2/rows.jsonl", "'a #1.jsonl'"])
+def test_a_path_on_the_command_line_may_hold_blanks_and_signs(paths, path):
+    assert load_recipe("base", [f"data.path={path}"]).data.path == path.strip("'")
+
+
+def test_columns_are_written_as_a_mapping(paths):
+    data = load_recipe("base", ["data.path=here.jsonl", "data.columns={prompt: q, chosen: a, rejected: b}"]).data
+    assert data.columns == {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert load_recipe("base", ["data.path=here.jsonl", "data.columns.prompt=q"]).data.columns == {"prompt": "q"}

@@ -699,6 +699,32 @@ def is_red_team(row: Fields) -> bool:
     return "transcript" in row and "chosen" not in row
 
 
+# --- prompts alone ---
+
+ALONE = ("forbidden_prompt", "goal", "behavior", "turns", "text", *INPUT)  # names of prompts in files of nothing else
+
+
+def find_asked(sample: Sample, column: str | None = None) -> Columns | None:
+    """The columns of prompts, and of what stands before them; `column` is that of an unusual name."""
+    if column is not None:
+        return _asked_columns({**_without(sample, ["prompt"]), "prompt": sample.get(column, [])}) | {"prompt": column}
+    found = _asked_columns(sample)
+    if not found.keys() & {"prompt", "dialogue"}:
+        found |= _columns(sample, prompt=ALONE)
+    return found if found.keys() & {"prompt", "dialogue"} else None
+
+
+def read_asked(row: Fields, columns: Columns) -> Dialogue:
+    """What a row of a file of prompts asks; of several turns that are texts the first one."""
+    fields = {name: row[column] for name, column in columns.items() if row.get(column) is not None}
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and prompt and all(isinstance(turn, str) for turn in prompt):
+        fields["prompt"] = prompt[0]
+    dialogue = _dialogue(fields)
+    turns = [Turn(turn.role, spaced(turn.text.strip())) for turn in dialogue.turns]
+    return replace(dialogue, turns=turns)
+
+
 # --- fields ---
 
 

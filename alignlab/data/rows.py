@@ -26,7 +26,8 @@ from alignlab.errors import DataError, MachineError, RecipeError
 from alignlab.fields import suggest
 from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
 from alignlab.hub import stay_offline_without_hub
-from alignlab.recipe import DataSection
+from alignlab.recipe import DataSection, Recipe
+from alignlab.written import shown
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _parts_of(written: str, section: DataSection, key: str) -> list[Part]:
         if section.subset:
             log.warning("data.subset=%s is not used: data.path names one file", section.subset)
         return [_file_part(written, path)]
-    _refuse_missing_path(path, written)
+    _refuse_missing_path(written, key)
     tables = _load_hub(written, section, key)
     return _parts(written, {name: _table_part(written, table) for name, table in tables.items()}, section, key)
 
@@ -342,15 +343,30 @@ def _is_saved(file: Path) -> bool:
         return True
 
 
-def _refuse_missing_path(path: Path, written: str) -> None:
+def refuse_missing_paths(recipe: Recipe) -> None:
+    """Raises, before anything is loaded, where a path of the recipe is neither here nor can be a dataset of the hub."""
+    for key, section in (("data", recipe.data), ("data.sft", recipe.data.sft)):
+        paths = [section.path] if isinstance(section.path, str) else section.path or []
+        where = recipe.sources.get(f"{key}.path", "")
+        beside = [] if where.startswith("command line") else [recipe.path.parent]
+        for written in paths:
+            if not Path(written).expanduser().exists():
+                _refuse_missing_path(written, key, beside, f" ({where})" * bool(where))
+
+
+def _refuse_missing_path(written: str, key: str, beside: Sequence[Path] = (), where: str = "") -> None:
     """Raises where a path that is not there can be no hub id (`namespace/name`) either."""
+    path = Path(written).expanduser()
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", written) and suffix(path) not in READERS
     if is_hub_id and not (path.parent.name and path.parent.is_dir()):
         return
-    there = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, n=1)
-    hint = f"did you mean {path.parent / near[0]}?" if near else "give a hub id, a folder or a file as data.path"
-    raise DataError(f"{written}: no such file or folder; {hint}")
+    folders = list(dict.fromkeys((folder / path.parent).absolute() for folder in (*beside, Path())))
+    there = [sibling for folder in folders if folder.is_dir() for sibling in folder.iterdir()]
+    near = difflib.get_close_matches(path.name, [sibling.name for sibling in there], n=1)
+    found = next((shown(sibling) for sibling in there if [sibling.name] == near), None)
+    hint = f"did you mean {found}?" if found else f"give a hub id, a folder or a file as {key}.path"
+    looked = " and ".join("the working folder" if folder == Path.cwd() else shown(folder) for folder in folders)
+    raise DataError(f"{key}.path is {written!r}{where}: no such file or folder in {looked}; {hint}")
 
 
 # Hub

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
@@ -21,9 +22,10 @@ from alignlab.doctor.doubles import double_findings
 from alignlab.doctor.finding import LEVELS, Finding, Shown
 from alignlab.doctor.limits import limit_findings
 from alignlab.doctor.near import near_findings
+from alignlab.doctor.reading import reading_findings
 from alignlab.doctor.shortcuts import find_shortcuts
 from alignlab.format import Format
-from alignlab.prompts import as_transcript, texts_of
+from alignlab.prompts import as_transcript
 from alignlab.recipe import Recipe
 from alignlab.run import EXAMINATION
 
@@ -39,12 +41,14 @@ def examine(
     prepared: Prepared,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_files: Sequence[Path] = (),
+    asked: Mapping[str, Sequence[str]] = MappingProxyType({}),
     root: Path = Path("runs"),
 ) -> dict[str, Any]:
-    """The description, each finding with three pairs that show it (the worst come first), and what training takes."""
+    """The description, each finding with three pairs that show it (the worst come first), and what training takes.
+
+    `asked` holds prompts to be evaluated on, by the name of their file (`alignlab.prompts.texts_of`).
+    """
     began = time.perf_counter()
-    asked = {file.name: texts_of(file) for file in prompt_files}
     form = Format(recipe.data.format, tokenizer)
     bare = before_template(prepared, form)
     shortcuts = find_shortcuts(bare)
@@ -83,6 +87,7 @@ def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
 def _findings(prepared: Prepared, form: Format, asked: Mapping[str, Sequence[str]]) -> Iterable[Finding]:
     transcript = partial(as_transcript, form)
     yield from limit_findings(prepared)
+    yield from reading_findings(prepared, transcript)
     yield from double_findings(prepared, transcript)
     yield from near_findings(prepared, asked, transcript)
     yield from find_damage(prepared, form.name)
@@ -90,7 +95,7 @@ def _findings(prepared: Prepared, form: Format, asked: Mapping[str, Sequence[str
 
 def _as_json(finding: Finding, prepared: Prepared) -> dict[str, Any]:
     shown = [_shown(one, prepared) for one in finding.shown]
-    return {**asdict(finding), "share": finding.share, "shown": shown}
+    return {**asdict(finding), "rows": finding.count, "share": finding.share, "shown": shown}
 
 
 def _shown(one: Shown, prepared: Prepared) -> dict[str, Any]:

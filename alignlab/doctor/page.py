@@ -23,8 +23,8 @@ def render(examination: Mapping[str, Any]) -> str:
     paths = examination["path"] if isinstance(examination["path"], list) else [examination["path"]]
     where = " ".join(filter(None, (*paths, examination["subset"])))
     lines = [
-        f"{examination['source']}  {where}  as {examination['format']}",
-        f"rows read       {examination['rows']:>9,}",
+        f"{examination['layout']}  {where}  as {examination['format']}",
+        f"rows read       {examination['rows_read']:>9,}",
         f"pairs kept      {examination['kept']:>9,}   "
         + ", ".join(f"{split} {examination['splits'][split]:,}" for split in SPLITS),
         *_parts(examination["parts"]),

@@ -51,6 +51,7 @@ class Wishes:
     url: str | None = None  # of an llm judge's endpoint
     max_requests: int | None = None
     prompts: Sequence[Path] = ()
+    prompt_column: str | None = None  # of these files, where it is not found by its name
     bias: Path | None = None
     classifier: str | None = None
     harmful_labels: Sequence[str] = ()
@@ -183,7 +184,7 @@ class Evaluation:
         return min((p for p in positions if p), default=1 << 20) - self.decoding.max_new_tokens
 
     def _files(self) -> list[PromptSet]:
-        found = [read_prompts(file, self.form, self._room) for file in self.wishes.prompts]
+        found = [read_prompts(file, self.form, self._room, self.wishes.prompt_column) for file in self.wishes.prompts]
         for line in describe_sets(found):
             log.info("%s", line)
         names = [each.name for each in found]
