@@ -209,6 +209,7 @@ def test_planted_faults_are_counted_in_pairs_and_by_column(prepared):
         "mojibake": 1,
         "control-characters": 1,
         "empty-replies": 1,
+        "messages-in-replies": 0,
         "one-word-replies": 2,  # Yes. and No.
         "refusal-only-replies": 3,
         "cut-off-replies": 1,
@@ -224,7 +225,7 @@ def test_planted_faults_are_counted_in_pairs_and_by_column(prepared):
 
 def test_what_is_not_there_is_said_with_a_count_of_zero(prepared):
     findings = find_damage(prepared(), "hh")
-    assert [finding.count for finding in findings] == [0] * 11
+    assert [finding.count for finding in findings] == [0] * 12
     assert all(not finding.shown and finding.says.endswith(".") and finding.advice for finding in findings)
 
 
@@ -289,6 +290,7 @@ def test_harmless_base_holds_doubled_labels_empty_replies_and_prefers_refusing(s
         "mojibake": 0,
         "control-characters": 0,
         "empty-replies": 5,
+        "messages-in-replies": 0,
         "one-word-replies": 53,
         "refusal-only-replies": 66,
         "cut-off-replies": 246,
@@ -307,6 +309,7 @@ def test_helpful_base_prefers_answers(shared, tokenizer):
         "mojibake": 0,
         "control-characters": 0,
         "empty-replies": 0,
+        "messages-in-replies": 0,
         "one-word-replies": 41,
         "refusal-only-replies": 12,
         "cut-off-replies": 214,
