@@ -125,11 +125,11 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     name = name or section.name
     dtype = compute_dtype(section) if section.lora is not None else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
-    attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
-    kernels = {"use_kernels": True} if section.use_kernels else {}
+    chosen = {"attn_implementation": section.attn_implementation, "use_kernels": section.use_kernels}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     with _loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=_placement(), **attention, **kernels, **quantized, **_where(section, name)
+            name, dtype=dtype, device_map=_placement(), **chosen, **quantized, **_where(section, name)
         )
 
 
@@ -163,14 +163,6 @@ def quantization(section: ModelSection) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype(section),
     )
-
-
-def best_attention(dtype: torch.dtype) -> str:
-    """FlashAttention where it is installed and the GPU and dtype allow it, else PyTorch's own."""
-    from transformers.utils import is_flash_attn_2_available
-
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def lora_config(section: ModelSection) -> LoraConfig:

@@ -83,7 +83,7 @@ class ModelSection:
     reference: Literal["sft", "base"] = "sft"
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
     chat_template_kwargs: Mapping[str, Any] | None = None  # values for its variables, such as enable_thinking: false
-    attn_implementation: str | None = None  # chosen by what the machine has
+    attn_implementation: str | None = None  # none: what transformers takes for this model
     use_kernels: bool | None = None  # the hub's kernels in place of the model's own layers (library: kernels)
     prefix_sharing: bool | Literal["auto"] = "auto"  # each pair's prompt computed once; auto: where known to win
     trust_remote_code: bool = False

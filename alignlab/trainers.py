@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTTrainer
@@ -87,14 +87,13 @@ class _Seams:
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs and self._batch_sizes:
+        if self._batch_sizes:  # an evaluation ends with this log, under the name of its dataset where there are several
+            loss = next(name for name in reversed([*logs]) if name.endswith("_loss"))
             metrics = self._metrics["eval"]
             for name, values in metrics.items():
                 if len(values) == len(self._batch_sizes):
                     metrics[name] = [_mean(values, [sizes[self._weight_of(name)] for sizes in self._batch_sizes])]
-            logs["eval_loss"] = _mean(
-                self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes]
-            )
+            logs[loss] = _mean(self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes])
             logs["eval_perplexity"] = self._perplexity()
             logs |= self._errors()
             if self.samples:
@@ -152,6 +151,8 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args: DPOConfig, dataset_name: str) -> Dataset:
         """The pairs as they are: they hold token ids, and TRL would tokenize them again, cut them and drop some."""
+        if isinstance(dataset, IterableDataset):  # its lengths are not known
+            return dataset
         prompt, chosen, rejected = (pc.list_value_length(dataset.data.column(name)) for name in IDS)
         longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py()
         assert args.max_length is None or longest <= args.max_length, (
