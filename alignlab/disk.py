@@ -1,40 +1,97 @@
-"""Files written whole, JSON lines, hashes and the cache folder; imports no torch."""
+"""Files and folders written whole, JSON lines, hashes, seals of what is finished, and one cache; imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
+from alignlab.errors import MachineError
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+MARKER = "COMPLETE.json"  # of a folder: the size and hash of each of its files, written after them
+CHECKSUM = "checksum"  # of a JSON record: the hash of all its other fields
+LARGE = 1 << 26  # bytes; a larger file is hashed once a process, as long as it is not written
+SECONDS_BEFORE_A_LINE = 2  # of waiting for another process
+BESIDE = re.compile(r"\..+\.(?P<process>\d+)(-[0-9a-f]{8}\.tmp)?")  # what `_beside` names, now and earlier
 
 
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+# Written whole ----------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a reader sees the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+def _beside(path: Path) -> Path:
+    """A name in the same folder that tells which process writes there."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, and is gone when it does not.
+
+    So a reader sees the old file or the new one, never half of one.
+    """
+    beside = _beside(path)
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path` when the block ends well, and is gone when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(path.parent, f".{path.name}.*.tmp")
+    beside = _beside(path)
+    beside.mkdir()
+    try:
+        yield beside
+        _make_readable(beside)
+        _put_in_place(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Gives files the mode of any other file: safetensors writes for its owner alone, and a cache may be shared."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+
+
+def _put_in_place(beside: Path, path: Path) -> None:
+    old = _beside(path)
+    if path.exists():
+        path.rename(old)
+    beside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with writing(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,12 +102,43 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def hash_file(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("ab") as file:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def write_record(path: Path, facts: Mapping[str, Any]) -> None:
+    """A JSON object with a checksum, by which `read_record` sees whether it was changed."""
+    plain = json.loads(json.dumps(facts, default=str))
+    write_json(path, {**plain, CHECKSUM: digest(plain)})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote; ValueError ("not …") where it is no JSON object, or was changed since.
+
+    An object without a checksum is taken as it is: another program wrote it, or a person did.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not JSON ({e})") from None
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    written = record.pop(CHECKSUM, None)
+    if written is not None and written != digest(record):
+        raise ValueError(f"not as it was written (to keep a change of your own, remove its {CHECKSUM})")
+    return record
+
+
+# Hashes and seals -------------------------------------------------------------
 
 
 def digest(value: Any) -> str:
@@ -58,5 +146,201 @@ def digest(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
+def hash_file(file: Path) -> str:
+    facts = file.stat()
+    if facts.st_size < LARGE:
+        return _hash(file)
+    return _hash_large(file.absolute(), facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache
+def _hash_large(file: Path, *facts: int) -> str:
+    return _hash(file)
+
+
+def _hash(file: Path) -> str:
+    content = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            content.update(block)
+    return content.hexdigest()
+
+
+def seal(folder: Path, names: Collection[str] | None = None) -> None:
+    """Writes the marker that calls a folder finished: the size and hash of its files, or of those of these names."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARKER]
+    found = [str(file.relative_to(folder)) for file in files]
+    write_json(folder / MARKER, {name: _seal(folder / name) for name in found if names is None or name in names})
+
+
+def _seal(file: Path) -> tuple[int, str]:
+    return file.stat().st_size, hash_file(file)
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file of a sealed folder that is not as it was sealed; none where all are."""
+    try:
+        seals = json.loads((folder / MARKER).read_bytes())
+        changed = [name for name, sealed in seals.items() if not _is_as_sealed(folder / name, sealed)]
+    except (OSError, ValueError, AttributeError):  # AttributeError: a marker that is no JSON object
+        return MARKER
+    return changed[0] if changed else None if seals else MARKER
+
+
+def _is_as_sealed(file: Path, sealed: Any) -> bool:
+    return file.is_file() and [*_seal(file)] == sealed
+
+
+def is_sealed(folder: Path) -> bool:
+    return (folder / MARKER).is_file()
+
+
+# The cache --------------------------------------------------------------------
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("ALIGNLAB_CACHE") or Path.home() / ".cache" / "alignlab")
+
+
+def make_once(folder: Path, about: str, make: Callable[[Path], None]) -> bool:
+    """Sees to it that a folder of the cache is there and whole; whether it had to be made.
+
+    One process makes it while others wait. A folder that is there is only read, since a shared cache may be ours to
+    read alone; one that has changed since it was made is told and made again.
+    """
+    damaged = find_damage(folder) if folder.is_dir() else None
+    if damaged:
+        log.warning("%s: %s is damaged (%s); making it again", about, folder, damaged)
+    elif folder.is_dir():
+        with contextlib.suppress(OSError):
+            os.utime(folder / MARKER)  # when it was last used
+        return False
+    with _locked(folder.with_suffix(".lock"), about):
+        if folder.is_dir() and not find_damage(folder):  # another process has made it meanwhile
+            return False
+        with filling(folder) as beside:
+            make(beside)
+            seal(beside)
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path, about: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=SECONDS_BEFORE_A_LINE)
+    except Timeout:
+        log.info("%s: another process is making it; waiting", about)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class ResultCache:
+    """Results by key in a file of JSON lines, each there as soon as it is known; several threads may add.
+
+    What stands in a line that was cut off or changed is made again, and a warning says so.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.values, self._lock = path, {}, threading.Lock()
+        content = path.read_bytes() if path.is_file() else b""
+        self._ends_whole = content.endswith(b"\n") or not content
+        damaged = [line for line in content.splitlines() if not self._read(line)]
+        if damaged:
+            log.warning("%s: %d of its lines are damaged; what they held is made again", path, len(damaged))
+
+    def _read(self, line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+            key, value, checksum = row["key"], row["value"], row[CHECKSUM]
+        except (ValueError, KeyError, TypeError):
+            return False
+        if checksum != digest([key, value]):
+            return False
+        self.values[key] = value
+        return True
+
+    def add(self, key: str, value: Any, **facts: Any) -> None:
+        row = {"key": key, "value": value, CHECKSUM: digest([key, value]), **facts}
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line if self._ends_whole else b"\n" + line)
+            self._ends_whole = True
+            self.values[key] = value
+
+    def complete(
+        self,
+        wanted: Mapping[str, Item],
+        compute: Callable[[list[Item]], Sequence[Any]],
+        *,
+        at_once: int,
+        about: str,
+    ) -> list[Any]:
+        """The values of all keys, in their order; `compute` gives those not there yet, `at_once` of them at a time."""
+        from tqdm.auto import tqdm
+
+        missing = [key for key in wanted if key not in self.values]
+        with tqdm(total=len(missing), desc=about, leave=False, disable=None if missing else True) as bar:
+            for start in range(0, len(missing), at_once):
+                few = missing[start : start + at_once]
+                for key, value in zip(few, compute([wanted[key] for key in few]), strict=True):
+                    self.add(key, value)
+                bar.update(len(few))
+        return [self.values[key] for key in wanted]
+
+
+# Left behind ------------------------------------------------------------------
+
+
+def remove_left_behind(folder: Path, pattern: str = ".*") -> None:
+    """Removes what processes that have ended were writing in a folder."""
+    for path in folder.glob(pattern):
+        if _is_left_behind(path):
+            remove(path)
+
+
+def _is_left_behind(path: Path) -> bool:
+    beside = BESIDE.fullmatch(path.name)
+    return beside is not None and not _is_running(int(beside["process"]))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def left_in_cache() -> list[Path]:
+    """What processes that have ended left half made in the cache."""
+    found = [path for pattern in ("*", "*/*") for path in cache_folder().glob(pattern)]
+    return sorted(path for path in found if _is_left_behind(path) or path.name.startswith("tmp"))
+
+
+def size_of(path: Path) -> int:
+    """Bytes, of a file or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def remove(path: Path) -> int:
+    """Removes a file or folder, where it is still there, and returns how many bytes that freed."""
+    try:
+        size = size_of(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except FileNotFoundError:
+        return 0
+    except OSError as e:
+        raise MachineError(f"{path} cannot be removed ({e.strerror}); remove it as the user who owns it") from None
+    return size

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
-from alignlab.disk import append_line
+from alignlab.disk import append_line, seal
 from alignlab.errors import ModelError
 from alignlab.guards import Alarm, alarms
 from alignlab.recipe import MonitorSection
-from alignlab.run import Run, mark_complete
+from alignlab.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class WholeCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class EvaluateAtEnd(TrainerCallback):

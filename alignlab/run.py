@@ -16,11 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
+from alignlab.disk import find_damage, read_lines, read_record, write_lines, write_record, write_text
 from alignlab.errors import RunError
 
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
-MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 
@@ -69,11 +68,9 @@ class Run:
         if not self.manifest_file.is_file():
             return {}
         try:
-            return json.loads(self.manifest_file.read_text())
+            return read_record(self.manifest_file)
         except ValueError as e:
-            raise RunError(
-                f"{self.manifest_file} is not JSON ({e}); remove {self.path} to start the run anew"
-            ) from None
+            raise RunError(f"{self.manifest_file} is {e}; remove {self.path} to start the run anew") from None
 
     @property
     def is_finished(self) -> bool:
@@ -88,7 +85,7 @@ class Run:
     def note(self, **facts: Any) -> None:
         """Adds facts to the manifest, whole or not at all."""
         if self.is_writer:
-            write_json(self.manifest_file, {**self.manifest, **facts})
+            write_record(self.manifest_file, {**self.manifest, **facts})
 
 
 def cut_back(run: Run, step: int) -> None:
@@ -206,26 +203,12 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """Writes the marker that makes a checkpoint count: the size and hash of each of its files."""
-    write_json(checkpoint / MARKER, {str(f.relative_to(checkpoint)): _seal(f) for f in _files(checkpoint)})
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of the checkpoint is as it was when the marker was written."""
-    try:
-        sealed = json.loads((checkpoint / MARKER).read_text())
-        return bool(sealed) and all(_seal(checkpoint / name) == tuple(seal) for name, seal in sealed.items())
-    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: a marker that is no JSON object
-        return False
-
-
 def last_whole_checkpoint(run: Run) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that is whole, and the newer ones that are not."""
     found = [p for p in run.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     damaged = []
     for checkpoint in sorted(found, key=step_of, reverse=True):
-        if is_whole(checkpoint):
+        if not find_damage(checkpoint):
             return checkpoint, damaged
         damaged.append(checkpoint)
     return None, damaged
@@ -238,11 +221,3 @@ def step_of(checkpoint: Path) -> int:
 def remove_checkpoints(checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         shutil.rmtree(checkpoint)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MARKER)
-
-
-def _seal(file: Path) -> tuple[int, str]:
-    return file.stat().st_size, hash_file(file)

@@ -194,7 +194,7 @@ def test_a_4bit_run_is_evaluated_in_4_bit(made):
     )
 
 
-# Kept
+# The result cache
 
 
 def never(*args, **kwargs):

@@ -31,7 +31,7 @@ ORDER = (
     "sweep sweep.members sweep.choice sweep.runner "
     "export.chat export.card export.merge export.difference export.hub export "
     "lineup "
-    "evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.kept evaluate.candidates "
+    "evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.candidates "
     "evaluate.answers evaluate.estimates evaluate.harm evaluate.stereotypes "
     "evaluate.watch evaluate.preference evaluate.contests evaluate.safety evaluate.benchmarks evaluate.scoreboard "
     "evaluate "

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError, RecipeError
 from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
 from alignlab.recipe import DataSection
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}  # what `datasets` writes beside the rows
 _SPLIT_FIELDS = {"valid1": "validation", "valid2": "test"}  # of rows: summarize-from-feedback's names
-_READ_BYTES = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +84,10 @@ def _toy_rows(section: DataSection) -> Iterator[Row]:
 
 
 def hash_content(file: Path) -> str:
-    """xxh3 of a file's bytes, at the speed of the disk."""
-    content = xxhash.xxh3_128()
     try:
-        with file.open("rb") as stream:
-            while piece := stream.read(_READ_BYTES):
-                content.update(piece)
+        return hash_file(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return content.hexdigest()
 
 
 # Which split

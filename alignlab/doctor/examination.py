@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
-from alignlab.disk import write_text
+from alignlab.disk import write_record
 from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
 from alignlab.doctor.description import describe
@@ -62,7 +61,7 @@ def examine(
 def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
     """Keeps it where the report of a run on the same data finds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / EXAMINATION, json.dumps(examination, ensure_ascii=False) + "\n")
+    write_record(folder / EXAMINATION, examination)
     return folder / EXAMINATION
 
 
