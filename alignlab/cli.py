@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from alignlab.disk import explain
 from alignlab.errors import AlignlabError
 from alignlab.options import read_arguments
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AlignlabError as e:
         return _fail(str(e), args)
     except Exception as e:
-        if not _is_full_disk(e):
+        if (fault := explain(e)) is None:
             raise
-        return _fail("no space left on the disk; make room, and the same command goes on from where it was", args)
+        return _fail(fault, args)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -106,6 +106,7 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
+    from alignlab.disk import read_record
     from alignlab.evaluate import Wishes, evaluate
     from alignlab.evaluate.scoreboard import show
     from alignlab.report import report_line
@@ -116,7 +117,7 @@ def _eval(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
     wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
     file = evaluate(runs, wishes)
-    print(show(json.loads(file.read_text(encoding="utf-8")), file))
+    print(show(read_record(file), file))
     if (file.parent / "manifest.json").is_file():
         print(report_line(file.parent))
 
@@ -250,18 +251,6 @@ def _say(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
     print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     return code
-
-
-# How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
-FULL_DISK = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "inline_container")
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error:
-        if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _configure_logging() -> None:

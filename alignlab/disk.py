@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -166,11 +167,10 @@ def _hash(file: Path) -> str:
     return content.hexdigest()
 
 
-def seal(folder: Path, names: Collection[str] | None = None) -> None:
+def seal(folder: Path, names: Iterable[str] = ("**/*",)) -> None:
     """Writes the marker that calls a folder finished: the size and hash of its files, or of those of these names."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARKER]
-    found = [str(file.relative_to(folder)) for file in files]
-    write_json(folder / MARKER, {name: _seal(folder / name) for name in found if names is None or name in names})
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file() and file.name != MARKER})
+    write_json(folder / MARKER, {str(file.relative_to(folder)): _seal(file) for file in files})
 
 
 def _seal(file: Path) -> tuple[int, str]:
@@ -344,3 +344,49 @@ def remove(path: Path) -> int:
     except OSError as e:
         raise MachineError(f"{path} cannot be removed ({e.strerror}); remove it as the user who owns it") from None
     return size
+
+
+# Faults -----------------------------------------------------------------------
+
+# How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
+FULL_DISK = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "inline_container")
+IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def explain(error: BaseException) -> str | None:
+    """What is wrong with a disk or folder, in one line with a remedy; none where an error comes from something else."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    return next((line for cause in causes if (line := _explain(cause))), None)
+
+
+def _explain(error: BaseException) -> str | None:
+    number, path = getattr(error, "errno", None), Path(os.fsdecode(getattr(error, "filename", None) or "the folder"))
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL_DISK):
+        return "no space left on the disk; make room, and the same command goes on from where it was"
+    if isinstance(error, FileNotFoundError) and _is_working_folder_gone():
+        return "the working folder is gone; change into one that is there"
+    if number == errno.ENAMETOOLONG:
+        return f"the name {path.name[:40]}… is too long for this disk; choose a shorter one"
+    if number in IN_THE_WAY:
+        file = next((each for each in (path, *path.parents) if each.is_file()), path)
+        return f"{file} is in the way ({error.strerror}): {path} cannot be written; move it, or name another folder"
+    if number in CLOSED:
+        return f"{path} cannot be opened or written ({error.strerror}); {_remedy(path)}"
+    return None
+
+
+def _remedy(path: Path) -> str:
+    if path.is_relative_to(cache_folder()):
+        return "set ALIGNLAB_CACHE to a folder of your own"
+    return "work in a folder that is yours to write, or ask its owner"
+
+
+def _is_working_folder_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False

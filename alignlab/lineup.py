@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignlab.errors import RecipeError, RunError
 from alignlab.recipe import load_recipe, run_name
-from alignlab.run import Run
+from alignlab.run import Run, refuse_changed
 from alignlab.sweep.choice import chosen_run
 
 
@@ -52,6 +52,7 @@ def _finished(path: Path, recipe: str | None) -> Run:
     found = Run(path)
     status = found.manifest.get("status")
     if status == "finished" and found.model.is_dir():
+        refuse_changed(found)
         return found
     stage = "sft" if path.name.startswith("sft") else "dpo"
     remedy = f"`alignlab {stage} {recipe}` trains it" if recipe else "name a finished run, or train it first"

@@ -16,7 +16,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import find_damage, read_lines, read_record, write_lines, write_record, write_text
+from alignlab.disk import (
+    find_damage,
+    is_sealed,
+    read_lines,
+    read_record,
+    remove_left_behind,
+    seal,
+    write_lines,
+    write_record,
+    write_text,
+)
 from alignlab.errors import RunError
 
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
@@ -88,6 +98,21 @@ class Run:
             write_record(self.manifest_file, {**self.manifest, **facts})
 
 
+def seal_files(run: Run) -> None:
+    """Writes down what the files of a finished run hold; its model has a seal of its own, its manifest a checksum."""
+    files = (run.recipe_file, run.metrics_file, run.samples_file, run.scores_file, run.dropped_file)
+    seal(run.path, [file.name for file in files])
+
+
+def refuse_changed(run: Run) -> None:
+    """Raises RunError where a file of a finished run is not what it was when the run finished."""
+    if run.is_finished and is_sealed(run.path) and (name := find_damage(run.path)):
+        raise RunError(
+            f"{run.path / name} has changed since the run finished; bring it back from a copy, "
+            f"or train the run again with --force"
+        )
+
+
 def cut_back(run: Run, step: int) -> None:
     """Leaves only what was logged up to `step`, which is where training goes on."""
     for file in (run.metrics_file, run.samples_file):
@@ -111,6 +136,7 @@ def opened(
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
     if run.is_finished and not force:  # only read, by as many at once as start from it
+        refuse_changed(run)
         _refuse_other_settings(run, stage, consumed)
         yield run
         return
@@ -122,6 +148,7 @@ def opened(
     try:
         if force and run.manifest:
             _move_aside(path)
+        remove_left_behind(path)
         _refuse_other_settings(run, stage, consumed)
         if not run.is_finished:
             write_text(run.recipe_file, recipe_yaml)

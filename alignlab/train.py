@@ -27,6 +27,7 @@ from alignlab import model as models
 from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
+from alignlab.disk import filling, seal
 from alignlab.errors import RunError
 from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
@@ -63,7 +64,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         trainer = AlignSFTTrainer(policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
         if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section))
+        run.note(base=_base(run, section))
         _train(trainer, recipe, run, pairs, checkpoint)
         scores = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
         probe = heldout.probe(trainer.model, pairs.validation, tokenizer.pad_token_id)
@@ -83,7 +84,7 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         checkpoint = _resume_point(run)
         here = _here(run.checkpoints, len(pairs.train), checkpoint)
         trainer = _dpo_trainer(recipe, section, start, here, tokenizer, pairs)
-        base = models.identify(section)
+        base = _base(run, section)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
         trainer.identity = _identify_reference(trainer, section, start, base)
@@ -300,6 +301,18 @@ def _note_times(run: Run, **seconds: float) -> None:
     run.note(**{name: round(run.manifest.get(name, 0) + value, 1) for name, value in names.items()})
 
 
+def _base(run: Run, section: ModelSection) -> dict[str, Any]:
+    """Which base model this is; RunError where the run has begun on another."""
+    base = models.identify(section)
+    before = run.manifest.get("base") or base
+    if before.get("weights") != base.get("weights"):
+        raise RunError(
+            f"{run.path} has begun on other weights than those in {section.name}; "
+            f"bring that base model back, or train the run again with --force"
+        )
+    return base
+
+
 def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
     if sft is None:
         name = start.adapter or start.weights
@@ -374,13 +387,12 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
     """Writes the final model whole, then the manifest that calls the run finished."""
     if not _processes().is_main_process:
         return
-    beside = run.path / ".model"
-    shutil.rmtree(beside, ignore_errors=True)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy.save_pretrained(beside, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
-    trainer.processing_class.save_pretrained(beside)
-    shutil.rmtree(run.model, ignore_errors=True)
-    beside.rename(run.model)
+    with filling(run.model) as folder:
+        policy.save_pretrained(folder, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
+        trainer.processing_class.save_pretrained(folder)
+        seal(folder)
+    runs.seal_files(run)
     run.note(
         status="finished",
         best_step=trainer.state.best_global_step,

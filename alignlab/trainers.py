@@ -21,7 +21,7 @@ from trl.trainer.utils import use_adapter
 from alignlab import heldout
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
-from alignlab.model import load_adapters
+from alignlab.model import PICKLED_STATE, PICKLED_WEIGHTS, load_adapters, refuse_changed, refuse_pickles
 from alignlab.monitor import Guard
 from alignlab.packing import decide, share_prefixes
 from alignlab.samples import Samples
@@ -43,6 +43,9 @@ class _Seams:
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
+        refuse_changed(Path(checkpoint))
+        remedy = f"remove {checkpoint}, and the same command goes on from the checkpoint before it"
+        refuse_pickles(Path(checkpoint), (*PICKLED_WEIGHTS, *PICKLED_STATE), remedy)
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, Path(checkpoint))
         else:
@@ -51,6 +54,7 @@ class _Seams:
         self._total_train_tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
 
     def _load_best_model(self) -> None:
+        refuse_changed(Path(self.state.best_model_checkpoint))
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, Path(self.state.best_model_checkpoint))
         else:

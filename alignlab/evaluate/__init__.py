@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignlab import model as models
-from alignlab.disk import digest, write_json, write_lines
+from alignlab.disk import digest, write_lines, write_record
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
@@ -72,7 +72,7 @@ def evaluate(runs: Sequence[Run], wishes: Wishes) -> Path:
     found = evaluation.measure()
     file = folder_of(runs) / "eval.json"
     write_lines(file.with_name("verdicts.jsonl"), evaluation.verdicts)
-    write_json(file, {**found, "seconds": round(time.monotonic() - began, 1)})
+    write_record(file, {**found, "seconds": round(time.monotonic() - began, 1)})
     return file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from alignlab.export.merge import Trained, find_trained, load_exported, load_tra
 from alignlab.format import Dialogue, Format
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.report import find_runs, runs_folder
-from alignlab.run import Run, package_versions
+from alignlab.run import Run, package_versions, refuse_changed
 from alignlab.sweep.choice import chosen_run
 from alignlab.transcript import Turn
 
@@ -80,6 +81,7 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run
         raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
     if not run.model.is_dir():
         raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
+    refuse_changed(run)
     return run
 
 
@@ -321,9 +323,10 @@ def summarize(export: Export) -> str:
         f"  {CAUSES[found.cause]}",
         *(f"  {note}" for note in export.notes),
         "",
-        f'  load  {loader}.from_pretrained("{export.path}")',
+        f"  load  {loader}.from_pretrained({json.dumps(str(export.path), ensure_ascii=False)})",
     ]
-    return "\n".join([*lines, f"        vllm serve {export.path}"] if export.form == MERGED else lines)
+    served = [f"        vllm serve {shlex.quote(str(export.path))}"] if export.form == MERGED else []
+    return "\n".join([*lines, *served])
 
 
 def _bytes(size: int) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
+from alignlab.disk import read_record
 from alignlab.errors import RunError
 from alignlab.report.curves import is_number, read_metrics
 from alignlab.report.replies import last_samples
 from alignlab.report.verdict import with_interval
-from alignlab.run import EXAMINATION, Run
+from alignlab.run import EXAMINATION, Run, refuse_changed
 
 TEST = {  # name in the manifest → name here, and whether it is a share
     "rewards/accuracies": ("accuracy", True),
@@ -34,6 +35,7 @@ OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sa
 def read_run(path: Path) -> dict[str, Any]:
     """The facts of a run, with its metric rows under `rows` and its last replies under `samples`."""
     run = Run(path)
+    refuse_changed(run)
     rows, notices = read_metrics(run.metrics_file)
     manifest = _manifest(run, bool(rows))
     samples, split = last_samples(run.samples_file)
@@ -93,10 +95,13 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 def _examination(run: Run, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What `alignlab data` has found in these very rows, where it was asked."""
+    file = run.path.parent / EXAMINATION
     try:
-        found = _table(json.loads((run.path.parent / EXAMINATION).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        found = read_record(file)
+    except OSError:
         return None
+    except ValueError as e:
+        raise RunError(f"{file} is {e}; make it anew with alignlab data") from None
     if not data.get("fingerprint") or found.get("fingerprint") != data["fingerprint"]:
         return None
     if not all(isinstance(found.get(name), kind) for name, kind in EXAMINED.items()):
@@ -279,16 +284,15 @@ def read_evaluation(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_record(file)
     except ValueError as e:
-        raise RunError(f"{file} is not JSON ({e}); make it anew with alignlab eval") from None
-    return found if isinstance(found, dict) else None
+        raise RunError(f"{file} is {e}; make it anew with alignlab eval") from None
 
 
 def read_sweep(file: Path) -> dict[str, Any]:
     """What `alignlab sweep` wrote: the members with their estimates, and the choice."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_record(file)
         members = [_member(member) for member in found["members"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise RunError(f"{file} is not a sweep's ({type(e).__name__}: {e}); make it anew with alignlab sweep") from None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import read_lines, write_json
+from alignlab.disk import read_lines, write_record
 from alignlab.errors import RunError
 from alignlab.recipe import consumed
 from alignlab.report.curves import is_number
@@ -86,7 +86,7 @@ def collect(members: Members, failures: Mapping[str, str] | None = None) -> dict
         "members": [_as_json(row) for row in rows],
     }
     members.folder.mkdir(parents=True, exist_ok=True)
-    write_json(members.table, table)
+    write_record(members.table, table)
     return table
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from alignlab.disk import read_record
 from alignlab.errors import RecipeError
 from alignlab.recipe import Recipe, consumed, load_recipe, run_name
 from alignlab.run import Run
@@ -187,11 +188,14 @@ def _earlier(members: Members) -> Iterator[Member]:
 
 
 def _recorded(file: Path) -> dict[str, Any]:
-    """The sweep's table as it was written; empty where there is none that can be read, as it is made anew."""
+    """The sweep's table as it was written; empty where there is none that can be read."""
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
+        recorded = read_record(file)
         return recorded if all({"run", "settings"} <= row.keys() for row in recorded["members"]) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        log.warning("%s is no sweep's table (%s: %s) and is made anew", file, type(e).__name__, e)
         return {}
 
 
