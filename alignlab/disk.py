@@ -28,7 +28,7 @@ MARKER = "COMPLETE.json"  # of a folder: the size and hash of each of its files,
 CHECKSUM = "checksum"  # of a JSON record: the hash of all its other fields
 LARGE = 1 << 26  # bytes; a larger file is hashed once a process, as long as it is not written
 SECONDS_BEFORE_A_LINE = 2  # of waiting for another process
-BESIDE = re.compile(r"\..+\.(?P<process>\d+)(-[0-9a-f]{8}\.tmp)?")  # what `_beside` names, now and earlier
+BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(-[0-9a-f]{8}\.tmp)?")  # what `_beside` names, now and earlier
 
 
 # Written whole ----------------------------------------------------------------
@@ -244,36 +244,35 @@ def _locked(path: Path, about: str) -> Iterator[None]:
 class ResultCache:
     """Results by key in a file of JSON lines, each there as soon as it is known; several threads may add.
 
-    What stands in a line that was cut off or changed is made again, and a warning says so.
+    A line that was cut off or changed is told and left out: what it held is made again.
     """
 
     def __init__(self, path: Path):
         self.path, self.values, self._lock = path, {}, threading.Lock()
-        content = path.read_bytes() if path.is_file() else b""
-        self._ends_whole = content.endswith(b"\n") or not content
-        damaged = [line for line in content.splitlines() if not self._read(line)]
-        if damaged:
-            log.warning("%s: %d of its lines are damaged; what they held is made again", path, len(damaged))
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        whole = [line for line in lines if self._read(line)]
+        if len(whole) < len(lines):
+            damaged = len(lines) - len(whole)
+            log.warning("%s: %d of %d lines are damaged; what they held is made again", path, damaged, len(lines))
+            write_bytes(path, b"".join(whole))
 
     def _read(self, line: bytes) -> bool:
+        """Takes in what a line says, where it is whole."""
         try:
             row = json.loads(line)
             key, value, checksum = row["key"], row["value"], row[CHECKSUM]
         except (ValueError, KeyError, TypeError):
             return False
-        if checksum != digest([key, value]):
-            return False
-        self.values[key] = value
-        return True
+        is_whole = line.endswith(b"\n") and checksum == digest([key, value])
+        if is_whole:
+            self.values[key] = value
+        return is_whole
 
     def add(self, key: str, value: Any, **facts: Any) -> None:
         row = {"key": key, "value": value, CHECKSUM: digest([key, value]), **facts}
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line if self._ends_whole else b"\n" + line)
-            self._ends_whole = True
+            append_line(self.path, row)
             self.values[key] = value
 
     def complete(
@@ -334,6 +333,12 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def check_writable(folder: Path) -> None:
+    """Raises PermissionError where nothing can be written into a folder: better before the work than after it."""
+    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
 def remove(path: Path) -> int:
     """Removes a file or folder, where it is still there, and returns how many bytes that freed."""
     try:
@@ -364,6 +369,8 @@ def explain(error: BaseException) -> str | None:
 
 def _explain(error: BaseException) -> str | None:
     number, path = getattr(error, "errno", None), Path(os.fsdecode(getattr(error, "filename", None) or "the folder"))
+    if beside := BESIDE.fullmatch(path.name):
+        path = path.with_name(beside["name"])
     if number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in FULL_DISK):
         return "no space left on the disk; make room, and the same command goes on from where it was"
     if isinstance(error, FileNotFoundError) and _is_working_folder_gone():

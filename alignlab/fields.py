@@ -7,6 +7,7 @@ Importing those classes takes seconds, so their field names, types and defaults 
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass
@@ -19,6 +20,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from alignlab.disk import cache_folder, read_record, write_record
+
+log = logging.getLogger(__name__)
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 5e-6, which YAML 1.1 reads as a string
 
@@ -129,8 +132,11 @@ def library_settings() -> Mapping[str, Mapping[str, Setting]]:
     path = cache_folder() / f"fields-{_versions()}.json"
     try:
         return _decode(read_record(path))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        described = _describe_libraries()
+    except OSError:
+        pass
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        log.warning("%s cannot be used (%s: %s); the libraries are read again", path, type(e).__name__, e)
+    described = _describe_libraries()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, {name: {k: asdict(s) for k, s in of.items()} for name, of in described.items()})

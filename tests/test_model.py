@@ -413,7 +413,7 @@ def test_a_start_that_the_hub_refuses_is_named(start, section, refusing_hub):
 
 
 def test_a_full_disk_is_not_taken_for_a_fault_of_the_model(section):
-    with pytest.raises(OSError, match="No space left"), models._loading("model", section().name, section()):
+    with pytest.raises(OSError, match="No space left"), models.loading("model", section().name, section()):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignlab import model as models
-from alignlab.disk import digest, write_lines, write_record
+from alignlab.disk import check_writable, digest, write_lines, write_record
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
@@ -67,6 +67,7 @@ class Wishes:
 def evaluate(runs: Sequence[Run], wishes: Wishes) -> Path:
     """Evaluates the runs' models side by side and returns the `eval.json` that says what came out."""
     _check_wishes(wishes)
+    check_writable(folder_of(runs))
     evaluation = Evaluation(line_up(runs), wishes)
     began = time.monotonic()
     found = evaluation.measure()

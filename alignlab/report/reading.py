@@ -62,7 +62,7 @@ def read_run(path: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         "evaluations": _evaluations(rows, manifest.get("best_step")),
         "data": _table(manifest.get("data")),
-        "examination": _examination(run, _table(manifest.get("data"))),
+        "examination": _examination(run, _table(manifest.get("data")), notices),
         "data_from": {key: data.get(key) for key in ("source", "path", "subset", "format") if data.get(key)},
         "samples_split": split,
         "where": _where(manifest),
@@ -93,15 +93,16 @@ def _table(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _examination(run: Run, data: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What `alignlab data` has found in these very rows, where it was asked."""
+def _examination(run: Run, data: Mapping[str, Any], notices: list[str]) -> Mapping[str, Any] | None:
+    """What `alignlab data` has found in these very rows, where it was asked; a notice where it cannot be read."""
     file = run.path.parent / EXAMINATION
     try:
         found = read_record(file)
     except OSError:
         return None
     except ValueError as e:
-        raise RunError(f"{file} is {e}; make it anew with alignlab data") from None
+        notices.append(f"{file} is {e}, and left out; make it anew with alignlab data")
+        return None
     if not data.get("fingerprint") or found.get("fingerprint") != data["fingerprint"]:
         return None
     if not all(isinstance(found.get(name), kind) for name, kind in EXAMINED.items()):
