@@ -158,16 +158,20 @@ def _export(args: argparse.Namespace) -> None:
 
 def _cache(args: argparse.Namespace) -> None:
     from alignlab.data.prepared import clear_prepared, list_prepared
+    from alignlab.disk import left_in_cache, remove, size_of
     from alignlab.store import clear_store, list_store
 
     if args.clear:
-        print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
+        freed = sum(remove(path) for path in left_in_cache()) + clear_store() + clear_prepared()
+        print(f"{freed / 2**20:.1f} MiB freed")
         return
     entries = [(entry, f"reference: {entry.reference}") for entry in list_store()]
     entries += [(entry, f"data: {entry.about}") for entry in list_prepared()]
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+    for path in left_in_cache():
+        print(f"{'left behind':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
 
 
 def _train(args: argparse.Namespace) -> int | None:

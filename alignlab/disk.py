@@ -28,7 +28,8 @@ MARKER = "COMPLETE.json"  # of a folder: the size and hash of each of its files,
 CHECKSUM = "checksum"  # of a JSON record: the hash of all its other fields
 LARGE = 1 << 26  # bytes; a larger file is hashed once a process, as long as it is not written
 SECONDS_BEFORE_A_LINE = 2  # of waiting for another process
-BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(-[0-9a-f]{8}\.tmp)?")  # what `_beside` names, now and earlier
+BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(-\w{8}\.tmp)?")  # what `_beside` names, now and earlier
+UNNAMED = re.compile(r"tmp\w{8}")  # what `tempfile` names
 
 
 # Written whole ----------------------------------------------------------------
@@ -302,13 +303,13 @@ class ResultCache:
 def remove_left_behind(folder: Path, pattern: str = ".*") -> None:
     """Removes what processes that have ended were writing in a folder."""
     for path in folder.glob(pattern):
-        if _is_left_behind(path):
+        if BESIDE.fullmatch(path.name) and not _is_being_written(path):
             remove(path)
 
 
-def _is_left_behind(path: Path) -> bool:
+def _is_being_written(path: Path) -> bool:
     beside = BESIDE.fullmatch(path.name)
-    return beside is not None and not _is_running(int(beside["process"]))
+    return beside is not None and _is_running(int(beside["process"]))
 
 
 def _is_running(process: int) -> bool:
@@ -322,9 +323,13 @@ def _is_running(process: int) -> bool:
 
 
 def left_in_cache() -> list[Path]:
-    """What processes that have ended left half made in the cache."""
-    found = [path for pattern in ("*", "*/*") for path in cache_folder().glob(pattern)]
-    return sorted(path for path in found if _is_left_behind(path) or path.name.startswith("tmp"))
+    """What processes that have ended left half made in the cache.
+
+    Only names that are given here count, and hidden ones in folders of our own: somebody may keep other things there.
+    """
+    own = [path for folder in ("prepared", "reference", "judgements") for path in cache_folder().glob(f"{folder}/.*")]
+    found = [path for path in cache_folder().glob("*") if BESIDE.fullmatch(path.name) or UNNAMED.fullmatch(path.name)]
+    return sorted(path for path in [*own, *found] if not _is_being_written(path))
 
 
 def size_of(path: Path) -> int:
