@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _configure_logging()
     args = read_arguments(argv)
     try:
+        os.getcwd()  # where that is gone, torch's libraries would end the process
         return CALLS[args.command](args) or 0
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
