@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
-import json
 import logging
 import os
 import sys
@@ -16,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from alignlab.disk import explain
 from alignlab.errors import AlignlabError, RecipeError
 from alignlab.launch import Killed, leave
 from alignlab.options import read_arguments
@@ -38,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
         _import_transformers_unheard()
     try:
+        os.getcwd()  # where that is gone, torch's libraries would end the process
         return CALLS[args.command](args) or 0
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
         return _fail("\n".join(faults), args)
     except Exception as e:
-        if not _is_full_disk(e):
+        if (fault := explain(e)) is None:
             raise
-        return _fail("no space left on the disk; make room, and the same command goes on from where it was", args)
+        return _fail(fault, args)
     finally:
         leave()
 
@@ -128,6 +128,7 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
+    from alignlab.disk import read_record
     from alignlab.evaluate import Wishes, evaluate
     from alignlab.evaluate.scoreboard import show
     from alignlab.report import report_line
@@ -138,7 +139,7 @@ def _eval(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
     wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
     file = evaluate(runs, wishes)
-    _print(show(json.loads(file.read_text(encoding="utf-8")), file))
+    _print(show(read_record(file), file))
     if (file.parent / "manifest.json").is_file():
         _print(report_line(file.parent))
 
@@ -181,16 +182,20 @@ def _export(args: argparse.Namespace) -> None:
 
 def _cache(args: argparse.Namespace) -> None:
     from alignlab.data.prepared import clear_prepared, list_prepared
+    from alignlab.disk import left_in_cache, remove, size_of
     from alignlab.store import clear_store, list_store
 
     if args.clear:
-        _print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
+        freed = sum(remove(path) for path in left_in_cache()) + clear_store() + clear_prepared()
+        _print(f"{freed / 2**20:.1f} MiB freed")
         return
     entries = [(entry, f"reference: {entry.reference}") for entry in list_store()]
     entries += [(entry, f"data: {entry.about}") for entry in list_prepared()]
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+    for path in left_in_cache():
+        _print(f"{'left behind':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
 
 
 def _train(args: argparse.Namespace) -> int | None:
@@ -299,18 +304,6 @@ def _print(text: str, file: TextIO | None = None) -> None:
 class _Harmless(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
-
-
-# How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
-FULL_DISK = ("No space left on device", "iostream error", "PytorchStreamWriter failed", "inline_container")
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error:
-        if getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _import_transformers_unheard() -> None:

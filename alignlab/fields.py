@@ -7,10 +7,8 @@ Importing those classes takes seconds, so their field names, types and defaults 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
+import logging
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass
 from difflib import get_close_matches
@@ -21,7 +19,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from alignlab.disk import cache_folder
+from alignlab.disk import cache_folder, read_record, write_record
+
+log = logging.getLogger(__name__)
 
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # 5e-6, which YAML 1.1 reads as a string
 
@@ -131,11 +131,15 @@ def library_settings() -> Mapping[str, Mapping[str, Setting]]:
     """The keyword arguments of `sft` (trl.SFTConfig), `dpo` (trl.DPOConfig) and `lora` (peft.LoraConfig)."""
     path = cache_folder() / f"fields-{_versions()}.json"
     try:
-        return _decode(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        described = _describe_libraries()
+        return _decode(read_record(path))
+    except OSError:
+        pass
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        log.warning("%s cannot be used (%s: %s); the libraries are read again", path, type(e).__name__, e)
+    described = _describe_libraries()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        _replace(path, json.dumps({name: {k: asdict(s) for k, s in of.items()} for name, of in described.items()}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, {name: {k: asdict(s) for k, s in of.items()} for name, of in described.items()})
     return described
 
 
@@ -182,17 +186,3 @@ def _listed_choices(field: Field) -> tuple[str, ...]:
         return tuple(field.metadata["choices"])
     _, found, listed = field.metadata.get("help", "").partition("Possible values are")
     return tuple(re.findall(r"`'?(\w+)'?`", listed.partition(".")[0])) if found else ()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that nobody reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)  # a cache may be shared
-        os.replace(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise

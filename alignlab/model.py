@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -25,18 +27,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_pt_utils import safe_globals
 
-from alignlab.disk import hash_file
+from alignlab.disk import find_damage, hash_file, is_sealed
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
 from alignlab.format import Format, Stops, own_template, training_template, with_settings
 from alignlab.hub import stay_offline_without_hub
 from alignlab.recipe import ModelSection
 from alignlab.rules import LIMITS, whole_modules_conflict
+from alignlab.run import Run
 
 log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin")
+PICKLED_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")  # of a training, in a checkpoint
+TRUSTED = "where you trust it, save it as safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrain
     the merges of Llama's vocabulary wrongly.
     """
     name = folder or section.name
-    with _loading("tokenizer", name, section):
+    with loading("tokenizer", name, section):
         tokenizer = AutoTokenizer.from_pretrained(name, **_where(section, name))
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -127,7 +134,7 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
     chosen = {"attn_implementation": section.attn_implementation, "use_kernels": section.use_kernels}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    with _loading("model", name, section):
+    with loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=_placement(), **chosen, **quantized, **_where(section, name)
         )
@@ -135,7 +142,7 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
 
 def load_config(section: ModelSection, name: str | None = None) -> PreTrainedConfig:
     name = name or section.name
-    with _loading("config", name, section):
+    with loading("config", name, section):
         return AutoConfig.from_pretrained(name, **_where(section, name))
 
 
@@ -238,7 +245,7 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     """
     policy = load_weights(section, start.weights)
     if start.adapter:
-        with _loading("adapter", start.adapter, section):
+        with loading("adapter", start.adapter, section):
             own = PeftConfig.from_pretrained(start.adapter)
             _refuse_unfaithful(own, section, start.adapter)
             policy = PeftModel.from_pretrained(policy, start.adapter, is_trainable=True)
@@ -271,11 +278,17 @@ def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapte
 def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None = None) -> None:
     """Gives policy and reference the weights of `adapter` bit for bit, in float32; no copy where the base is wanted.
 
+    Their settings are put in order, so that equal runs write equal files.
+
     A bfloat16 adapter, to which DPOTrainer casts those on 4-bit weights, is not moved by DPO's small learning rates.
     Its copy for the reference leaves out adapters of embeddings and trained tokens (TRL 1.16).
     """
     if section.reference == "base" and "ref" in model.peft_config:
         model.delete_adapter("ref")
+    for config in model.peft_config.values():  # PEFT 0.21 writes a set in another order each time
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
     for name, weight in model.named_parameters():
         if not {"default", "ref"}.isdisjoint(name.split(".")):
             weight.data = weight.data.float()
@@ -337,19 +350,26 @@ def _is_adapter(section: ModelSection) -> bool:
         return (start / ADAPTER_FILE).is_file()
     from transformers.utils import cached_file
 
-    with _loading("model", section.start, section):
+    with loading("model", section.start, section):
         return cached_file(section.start, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _refuse_other_base(section: ModelSection, adapter: str) -> None:
-    with _loading("adapter", adapter, section):
+    with loading("adapter", adapter, section):
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if trained_on and _same_place(trained_on, section.name):
-        return
-    raise ModelError(
-        f"the adapter {adapter} was trained on {trained_on}, and model.name is {section.name}; "
-        f"set model.name to the base it belongs to"
-    )
+    base = Run(Path(adapter).parent).manifest.get("base") or {}
+    if "weights" in base and Path(section.name).is_dir():  # by content: a folder may have moved, or have changed
+        if base["weights"] == weights_hash(Path(section.name)):
+            return
+        raise ModelError(
+            f"the adapter {adapter} was trained on other weights than those in {section.name}; "
+            f"bring the base model back that it belongs to, or set model.name to where it is"
+        )
+    if not trained_on or not _same_place(trained_on, section.name):
+        raise ModelError(
+            f"the adapter {adapter} was trained on {trained_on}, and model.name is {section.name}; "
+            f"set model.name to the base it belongs to"
+        )
 
 
 def _same_place(one: str, other: str) -> bool:
@@ -369,16 +389,44 @@ def _placement() -> Any:
     return {"": PartialState().device}
 
 
+def refuse_changed(folder: Path) -> None:
+    """Raises ModelError where a folder that training has sealed is not as it was sealed."""
+    if is_sealed(folder) and (name := find_damage(folder)):
+        raise ModelError(
+            f"{folder / name} has changed since it was written; bring it back from a copy, "
+            f"or train it again with --force"
+        )
+
+
+def refuse_pickles(folder: Path, names: Sequence[str], remedy: str) -> None:
+    """Raises ModelError where a pickle is damaged or holds what torch refuses; reads no tensor of it."""
+    for file in [file for name in names for file in sorted(folder.glob(name))]:
+        try:
+            with safe_globals():
+                torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file))
+        except Exception as e:  # a damaged pickle raises anything
+            raise ModelError(f"{file} cannot be loaded: {_why_refused(e)}; {remedy}") from e
+
+
+def _why_refused(error: Exception) -> str:
+    refused = isinstance(error, UnpicklingError) and error.__context__
+    return f"torch refuses it ({_first_line(error.__context__)})" if refused else f"damaged ({_first_line(error)})"
+
+
 @contextlib.contextmanager
-def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
+def loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
-    if not Path(name).exists():
+    if Path(name).is_dir():
+        refuse_changed(Path(name))
+        if not any(Path(name).glob("*.safetensors")):
+            refuse_pickles(Path(name), PICKLED_WEIGHTS, TRUSTED)
+    elif not Path(name).exists():
         stay_offline_without_hub()
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as e:
         raise _explained(what, name, "model.start" if name == section.start else "model.name", e) from e
 
 
@@ -395,6 +443,13 @@ def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
         )
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
         return error
+    if any("trust_remote_code" in str(cause) for cause in causes):
+        return ModelError(
+            f"{name} brings Python code of its own, which is not run unasked; read it, and where you trust it set "
+            f"model.trust_remote_code=true"
+        )
+    if isinstance(error, UnpicklingError):
+        return ModelError(f"pytorch_model.bin of {name} cannot be loaded: {_why_refused(error)}; {TRUSTED}")
     if Path(name).is_dir() or not isinstance(error, OSError):  # the hub and the network fail as OSError
         return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):

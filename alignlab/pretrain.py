@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from alignlab import toy
-from alignlab.disk import cache_folder
+from alignlab.disk import cache_folder, make_once
 from alignlab.recipe import ToySection
 
 BLOCK = 128  # tokens to a training example
@@ -46,13 +45,8 @@ TRAINING = {
 
 def base_model(section: ToySection) -> Path:
     """The folder of the embedded base model for this seed, trained once (about 20 s on 2 cores) and then reused."""
-    from filelock import FileLock
-
     folder = cache_folder() / f"toy-base-{_key(section)}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            _train_into(folder, section)
+    make_once(folder, "base model", lambda beside: _train_into(beside, section))
     return folder
 
 
@@ -69,16 +63,15 @@ def _train_into(folder: Path, section: ToySection) -> None:
     set_seed(section.seed)
     notes, words = list(toy.corpus(section)), tokenizer(section)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=words.eos_token_id, bos_token_id=None))
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+    with tempfile.TemporaryDirectory() as unused:
         quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         cpu = not torch.cuda.is_available()
-        settings = TrainingArguments(output_dir=beside, seed=section.seed, use_cpu=cpu, **quiet, **TRAINING)
+        settings = TrainingArguments(output_dir=unused, seed=section.seed, use_cpu=cpu, **quiet, **TRAINING)
         trainer = Trainer(model=model, args=settings, train_dataset=_blocks(notes, words))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        model.save_pretrained(f"{beside}/model")
-        words.save_pretrained(f"{beside}/model")
-        shutil.move(f"{beside}/model", folder)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def tokenizer(section: ToySection) -> PreTrainedTokenizerFast:

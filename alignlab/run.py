@@ -22,7 +22,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from alignlab import typed
-from alignlab.disk import hash_file, read_lines, sync, write_json, write_lines, write_text
+from alignlab.disk import (
+    find_damage,
+    is_sealed,
+    read_lines,
+    read_record,
+    remove_left_behind,
+    seal,
+    sync,
+    write_lines,
+    write_record,
+    write_text,
+)
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate
 from alignlab.fields import suggest
@@ -35,7 +46,6 @@ RUNS = Path("runs")  # holds a folder of runs for each recipe
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
 SWEEP = "sweep.json"  # beside it: the members of the last sweep, and the choice
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")  # of a run: a folder beside others, and nothing else
-MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 
@@ -328,8 +338,23 @@ class Run:
         """Adds facts to the manifest, whole or not at all; what another version has written there stays."""
         assert facts.keys() <= FACTS, facts.keys() - FACTS
         if self.is_writer:
-            before = json.loads(self.manifest_file.read_text("utf-8")) if self.has_started else {}
-            write_json(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
+            before = read_record(self.manifest_file) if self.has_started else {}
+            write_record(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
+
+
+def seal_files(run: Run) -> None:
+    """Writes down what the files of a finished run hold; its model has a seal of its own, its manifest a checksum."""
+    files = (run.recipe_file, run.metrics_file, run.samples_file, run.scores_file, run.dropped_file)
+    seal(run.path, [file.name for file in files])
+
+
+def refuse_changed(run: Run) -> None:
+    """Raises RunError where a file of a finished run is not what it was when the run finished."""
+    if run.is_finished and is_sealed(run.path) and (name := find_damage(run.path)):
+        raise RunError(
+            f"{run.path / name} has changed since the run finished; bring it back from a copy, "
+            f"or train the run again with --force"
+        )
 
 
 def check_name(name: str, where: str = "--run") -> str:
@@ -403,13 +428,14 @@ def parent_of(run: Run) -> Run | None:
 
 
 def finished(run: Run) -> Run:
-    """The run; RunError where it has not finished, or its model is gone."""
+    """The run; RunError where it has not finished, its model is gone, or its files have changed since."""
     if not run.is_finished:
         command = run.manifest.command
         goes_on = f"`{command}`" if command else "the command that made it"
         raise RunError(f"{run.path} is not finished (it is {run.manifest.status}); {goes_on} goes on from there")
     if not run.model.is_dir():
         raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
+    refuse_changed(run)
     return run
 
 
@@ -477,6 +503,7 @@ def opened(
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
     if run.is_finished and not force:  # only read, by as many at once as start from it
+        refuse_changed(run)
         _refuse_other_settings(run, stage, consumed)
         yield run
         return
@@ -488,6 +515,7 @@ def opened(
     try:
         if force and run.has_started:
             _move_aside(path)
+        remove_left_behind(path)
         _refuse_other_settings(run, stage, consumed)
         if not run.is_finished:
             write_text(run.recipe_file, recipe_yaml)
@@ -583,19 +611,16 @@ def _git_commit() -> str | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Writes the marker that makes a checkpoint count, once its files are on the disk: the size and hash of each."""
-    for file in _files(checkpoint):
-        sync(file)
-    write_json(checkpoint / MARKER, {str(f.relative_to(checkpoint)): _seal(f) for f in _files(checkpoint)})
+    """Writes the marker that makes a checkpoint count, once its files are on the disk."""
+    for file in checkpoint.rglob("*"):
+        if file.is_file():
+            sync(file)
+    seal(checkpoint)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file of the checkpoint is as it was when the marker was written."""
-    try:
-        sealed = json.loads((checkpoint / MARKER).read_text())
-        return bool(sealed) and all(_seal(checkpoint / name) == tuple(seal) for name, seal in sealed.items())
-    except (OSError, ValueError, TypeError, AttributeError):  # AttributeError: a marker that is no JSON object
-        return False
+    return not find_damage(checkpoint)
 
 
 def last_whole_checkpoint(run: Run) -> tuple[Path | None, list[Path]]:
@@ -627,11 +652,3 @@ def step_of(checkpoint: Path) -> int:
 def remove_checkpoints(checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         shutil.rmtree(checkpoint)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MARKER)
-
-
-def _seal(file: Path) -> tuple[int, str]:
-    return file.stat().st_size, hash_file(file)

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 
-from alignlab.disk import cache_folder, digest
-from alignlab.errors import MachineError
+from alignlab.disk import cache_folder, digest, remove, write_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,21 +138,7 @@ def _store(identity: ReferenceIdentity, fresh: np.ndarray) -> np.ndarray:
 def _write(path: Path, says: Mapping[str, Any], body: bytes) -> None:
     """A file of the store: a line that says what it holds, and the rest."""
     head = {**says, "checksum": xxhash.xxh3_128_hexdigest(body)}
-    _replace(path, json.dumps(head).encode() + b"\n" + body)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)  # a cache may be shared
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_bytes(path, json.dumps(head).encode() + b"\n" + body)
 
 
 def read_records(identity: ReferenceIdentity, wanted: np.ndarray) -> np.ndarray:
@@ -278,14 +262,4 @@ def _head(path: Path) -> dict[str, Any]:
 
 def clear_store() -> int:
     """Empties the store and returns how many bytes that freed; a run that is filling it stores its pairs anew."""
-    files = [path for path in store_folder().glob("*") if path.is_file()] if store_folder().is_dir() else []
-    freed = 0
-    for path in files:
-        try:
-            freed += path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            pass
-        except OSError as e:
-            raise MachineError(f"{path} cannot be removed ({e.strerror}); remove it as the user who owns it") from None
-    return freed
+    return sum(remove(path) for path in store_folder().glob("*"))

@@ -28,7 +28,7 @@ from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
 from alignlab.data.pairing import CUT
-from alignlab.disk import digest
+from alignlab.disk import digest, filling, seal
 from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.format import FIXED_DAY, Format, Stops
@@ -443,14 +443,13 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
     """Writes the final model whole, then the manifest that calls the run finished."""
     if not _processes().is_main_process:
         return
-    beside = run.path / ".model"
-    shutil.rmtree(beside, ignore_errors=True)
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    policy.save_pretrained(beside, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
-    trainer.processing_class.save_pretrained(beside)
-    models.generation_config(trainer.samples.prompts.stops, trainer.processing_class).save_pretrained(beside)
-    shutil.rmtree(run.model, ignore_errors=True)
-    beside.rename(run.model)
+    with filling(run.model) as folder:
+        policy.save_pretrained(folder, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
+        trainer.processing_class.save_pretrained(folder)
+        models.generation_config(trainer.samples.prompts.stops, trainer.processing_class).save_pretrained(folder)
+        seal(folder)
+    runs.seal_files(run)
     run.note(
         status="finished",
         best_step=trainer.state.best_global_step,

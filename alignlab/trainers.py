@@ -18,13 +18,11 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab import heldout
-from alignlab.errors import RunError
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
-from alignlab.model import load_adapters
+from alignlab.model import PICKLED_STATE, PICKLED_WEIGHTS, load_adapters, refuse_changed, refuse_pickles
 from alignlab.monitor import CarriedOver, Guard
 from alignlab.packing import decide, share_prefixes
-from alignlab.run import is_whole
 from alignlab.samples import Samples
 from alignlab.store import ReferenceIdentity
 
@@ -45,6 +43,9 @@ class _Seams:
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restores adapters bit for bit."""
+        refuse_changed(Path(checkpoint))
+        remedy = f"remove {checkpoint}, and the same command goes on from the checkpoint before it"
+        refuse_pickles(Path(checkpoint), (*PICKLED_WEIGHTS, *PICKLED_STATE), remedy)
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, Path(checkpoint))
         else:
@@ -62,8 +63,7 @@ class _Seams:
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        if not is_whole(best):
-            raise RunError(f"{best} has changed since it was written; the same command trains again from a whole one")
+        refuse_changed(best)
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, best)
         else:

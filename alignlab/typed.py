@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from alignlab.disk import read_record
 from alignlab.errors import RunError
 
 T = TypeVar("T")
@@ -27,12 +29,14 @@ def read(kind: type[T], content: bytes | str, where: object, remedy: str) -> T:
 
 
 def read_file(kind: type[T], file: Path, remedy: str) -> T:
-    """The same of a file; RunError also where it cannot be read."""
+    """The same of a file; RunError also where it cannot be read, or was changed since it was written."""
     try:
-        content = file.read_bytes()
+        record = read_record(file)
     except OSError as error:
         raise RunError(f"{file} cannot be read ({error.strerror}); {remedy}") from None
-    return read(kind, content, file, remedy)
+    except ValueError as error:
+        raise RunError(f"{file} is {error}; {remedy}") from None
+    return read(kind, json.dumps(record), file, remedy)
 
 
 @cache

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
-from alignlab.evaluate.endpoint import PROMPT_FILE, AnswerCache, EndpointJudge, read_answer, read_prompt
+from alignlab.evaluate.endpoint import PROMPT_FILE, EndpointJudge, read_answer, read_prompt
 from alignlab.evaluate.judge import Contest, judge_contests, tally
 
 KEY = "right-key"
@@ -218,16 +218,6 @@ def test_a_killed_judge_goes_on_where_it_was(server, tmp_path, blow):
     assert len(asked) == 80 and sum(asked.values()) <= 80 + on_its_way
     keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 80 and kept <= set(keys)
-
-
-def test_a_line_cut_off_by_a_crash_costs_only_itself(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    AnswerCache(path).add("one", "first answer")
-    with path.open("a") as file:
-        file.write('{"key": "two", "ans')
-    cache = AnswerCache(path)
-    cache.add("three", "third answer")
-    assert cache.answers == AnswerCache(path).answers == {"one": "first answer", "three": "third answer"}
 
 
 def test_an_option_that_the_model_refuses_is_left_out(server, caplog):

@@ -195,7 +195,7 @@ def test_a_4bit_run_is_evaluated_in_4_bit(made):
     assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(test.perplexity, rel=0.01)
 
 
-# Kept
+# The result cache
 
 
 def never(*args, **kwargs):

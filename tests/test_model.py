@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +27,7 @@ from alignlab import model as models
 from alignlab.errors import MachineError, ModelError
 from alignlab.model import Start, find_start, load_policy, load_tokenizer, load_weights, settle_adapters, weights_hash
 from alignlab.recipe import ModelSection
+from alignlab.run import Run
 
 ARCHITECTURES = ["gpt2", "llama", "mistral"]
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -495,7 +501,7 @@ def test_a_start_that_the_hub_refuses_is_named(start, section, refusing_hub):
 
 
 def test_a_full_disk_is_not_taken_for_a_fault_of_the_model(section):
-    with pytest.raises(OSError, match="No space left"), models._loading("model", section().name, section()):
+    with pytest.raises(OSError, match="No space left"), models.loading("model", section().name, section()):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -545,3 +551,91 @@ def test_the_real_model_loads_as_transformers_loads_it(shared, section):
     assert torch.equal(logits(load_weights(of)), logits(AutoModelForCausalLM.from_pretrained(folder)))
     tokenizer = load_tokenizer(of)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+
+
+# --- pickles, and code of a model's own ---
+
+
+@pytest.fixture
+def pickled(folders, tmp_path) -> Path:
+    """The Llama's folder with its weights as a pickle."""
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders["llama"] / name, folder)
+    torch.save(AutoModelForCausalLM.from_pretrained(folders["llama"]).state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_a_whole_pickle_of_weights_is_loaded(pickled, section):
+    assert load_weights(section(name=str(pickled))).num_parameters() > 0
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "text", "raw pickle", "refused", "flipped start", "flipped end"])
+def test_a_pickle_that_cannot_be_loaded_is_named_in_one_line(pickled, section, how):
+    file = pickled / "pytorch_model.bin"
+    whole = file.read_bytes()
+    contents = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "text": b"hello world",
+        "raw pickle": pickle.dumps({"a": Command()}),
+        "flipped start": whole[:100] + bytes([whole[100] ^ 1]) + whole[101:],
+        "flipped end": whole[:-30] + bytes([whole[-30] ^ 1]) + whole[-29:],
+    }
+    if how == "refused":
+        torch.save({"a": Command()}, file)
+    else:
+        file.write_bytes(contents[how])
+    said = refusal(load_weights, section(name=str(pickled)))
+    assert said.startswith(f"{file} cannot be loaded: ") and "\n" not in said
+    assert said.endswith("; where you trust it, save it as safetensors")
+    assert how != "refused" or ("torch refuses it" in said and "system" in said)
+
+
+@pytest.mark.parametrize("load", [load_weights, models.load_config])
+def test_code_of_a_models_own_names_the_setting_that_allows_it(load, section, tmp_path):
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    (tmp_path / "own.py").write_text("raise SystemExit('run unasked')")
+    said = refusal(load, section(name=str(tmp_path)))
+    assert said.startswith(f"{tmp_path} brings Python code of its own") and said.endswith(
+        "model.trust_remote_code=true"
+    )
+
+
+# --- moved bases, ordered settings ---
+
+
+def test_a_base_is_known_by_content_where_its_folder_has_moved(adapters, folders, section, tmp_path):
+    """As after a move of the cache: the adapter names the old place, its run's manifest the weights."""
+    run = Run(tmp_path / "sft")
+    shutil.copytree(adapters["llama"], run.model)
+    moved = shutil.copytree(folders["llama"], tmp_path / "moved")
+    config = json.loads((run.model / models.ADAPTER_FILE).read_text())
+    (run.model / models.ADAPTER_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "/old/place"}))
+    run.note(base={"name": "/old/place", "weights": weights_hash(moved)})
+    assert find_start(section(name=str(moved)), run.model).adapter == str(run.model)
+    said = refusal(find_start, section(name=str(folders["gpt2"])), run.model)
+    assert "was trained on other weights than those in" in said
+
+
+def test_the_settings_of_equal_adapters_are_equal_files(folders, tmp_path):
+    """PEFT writes a set in the order of the process's hash seed."""
+    program = (
+        "import sys; from alignlab.model import add_adapter, load_weights, settle_adapters\n"
+        "from alignlab.recipe import ModelSection\n"
+        "lora = {'r': 2, 'target_modules': 'all-linear'}\n"
+        "section = ModelSection(name=sys.argv[1], dtype='float32', lora=lora)\n"
+        "model = add_adapter(load_weights(section), section)\n"
+        "settle_adapters(model, section); model.save_pretrained(sys.argv[2])\n"
+    )
+    for seed in "123":
+        command = [sys.executable, "-c", program, folders["llama"], tmp_path / seed]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    assert len({(tmp_path / seed / models.ADAPTER_FILE).read_bytes() for seed in "123"}) == 1

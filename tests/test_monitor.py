@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments, set_se
 
 from alignlab import monitor
 from alignlab.arguments import wandb_is_off
+from alignlab.disk import find_damage
 from alignlab.errors import ModelError
 from alignlab.monitor import (
     EvaluateAtEnd,
@@ -27,7 +28,7 @@ from alignlab.monitor import (
     start_peak_memory,
     wandb_run,
 )
-from alignlab.run import Run, is_whole
+from alignlab.run import Run
 
 LN2 = math.log(2)
 
@@ -276,13 +277,13 @@ def test_a_saved_checkpoint_is_marked_as_whole(args, tmp_path):
     folder = tmp_path / "checkpoints" / "checkpoint-4"
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
-    assert not is_whole(folder)
+    assert find_damage(folder)
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "samples.jsonl").touch()
     WholeCheckpoints(Run(tmp_path)).on_save(
         args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl()
     )
-    assert is_whole(folder)
+    assert not find_damage(folder)
 
 
 @pytest.mark.parametrize(("global_step", "last"), [(9, False), (10, True)])

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from alignlab.data import identity, prepare, prepared
+from alignlab import disk
+from alignlab.data import identity, prepare
 from alignlab.data.prepared import clear_prepared, find_or_make, list_prepared, prepared_folder
 from alignlab.errors import DataError
 from alignlab.recipe import DataSection
@@ -119,7 +120,7 @@ def test_what_another_call_has_set_on_the_tokenizer_is_not_part_of_the_key(rows,
     assert len(entries(cache)) == 1
 
 
-@pytest.mark.parametrize("file", ["train.arrow", "dropped.jsonl", "dialogues.bin", "account.json"])
+@pytest.mark.parametrize("file", ["train.arrow", "dropped.jsonl", "dialogues.bin", "account.json", "COMPLETE.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_entry_is_made_again_and_said(rows, tokenizer, cache, caplog, file, damage):
     before = contents(prepare(section(rows), tokenizer))
@@ -132,8 +133,8 @@ def test_a_damaged_entry_is_made_again_and_said(rows, tokenizer, cache, caplog, 
         (entry / file).write_bytes(content[:middle] if damage == "cut" else flipped)
     found = prepare(section(rows), tokenizer)
     assert contents(found) == before
-    assert "is damaged; preparing its rows again" in caplog.text or file == "account.json"
-    assert prepared._read(entry) is not None
+    assert f"data: {entry} is damaged ({file}); making it again" in caplog.text
+    assert disk.find_damage(entry) is None
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(tmp_path, tokenizer, cache):

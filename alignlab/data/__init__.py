@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from alignlab.data.preparation import BATCH_ROWS, prepare_rows
 from alignlab.data.prepared import Entry, find_or_make
 from alignlab.data.rows import Part, find_parts, names_of, with_readers
 from alignlab.data.splits import SPLITS
+from alignlab.disk import writing
 from alignlab.format import Format
 from alignlab.recipe import DataSection
 
@@ -196,12 +196,7 @@ def sft_rows(pairs: datasets.Dataset) -> datasets.Dataset:
 
 def write_pairs(prepared: Prepared, path: Path) -> None:
     """Writes every pair as a JSON line of `split`, `prompt`, `chosen`, `rejected`; source `pairs` reads them again."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as lines:
-            for split in SPLITS:
-                for pair in getattr(prepared, split).select_columns(["prompt", "chosen", "rejected"]):
-                    lines.write(json.dumps({"split": split, **pair}, ensure_ascii=False) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path) as lines:
+        for split in SPLITS:
+            for pair in getattr(prepared, split).select_columns(["prompt", "chosen", "rejected"]):
+                lines.write(json.dumps({"split": split, **pair}, ensure_ascii=False).encode() + b"\n")

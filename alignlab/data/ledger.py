@@ -172,7 +172,7 @@ def make_folder() -> Path:
     try:
         if parent:
             Path(parent).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="alignlab-data-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".data.{os.getpid()}-", suffix=".tmp", dir=parent))
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="alignlab-data-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

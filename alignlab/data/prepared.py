@@ -1,34 +1,23 @@
-"""Prepared data on disk, by content: a folder for each set of rows, settings and tokenizer; imports no torch.
-
-An entry is written whole or not at all, by one process while others wait for it, and is checked on reading.
-"""
+"""Prepared data in the cache, by content: a folder for each set of rows, settings and tokenizer; imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from alignlab import disk
 from alignlab.data.ledger import make_folder
-from alignlab.data.rows import hash_content
-from alignlab.disk import cache_folder, digest
-from alignlab.errors import MachineError
 
 log = logging.getLogger(__name__)
 
 Account = dict[str, Any]  # what became of all rows, as plain JSON
 
-ACCOUNT = "account.json"  # written last
-SECONDS_BEFORE_A_LINE = 2  # of waiting for another process
+ACCOUNT = "account.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,7 @@ class Entry:
 
 
 def prepared_folder() -> Path:
-    return cache_folder() / "prepared"
+    return disk.cache_folder() / "prepared"
 
 
 def find_or_make(facts: Mapping[str, Any] | None, about: str, make: Callable[[Path], Account]) -> Entry:
@@ -51,17 +40,14 @@ def find_or_make(facts: Mapping[str, Any] | None, about: str, make: Callable[[Pa
     """
     if facts is None:
         return _make_apart(make)
-    folder = prepared_folder() / digest(facts)
-    if found := _read(folder):
-        return found
+    folder = prepared_folder() / disk.digest(facts)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
-            return _read(folder, says=True) or _make(folder, about, make)
+        is_fresh = disk.make_once(folder, "data", lambda beside: _fill(beside, about, make))
     except OSError as error:
         reason = error.strerror or error
         log.warning("data: cannot keep prepared rows in %s (%s); going on without", folder.parent, reason)
-    return _make_apart(make)
+        return _make_apart(make)
+    return Entry(folder, _read(folder)["account"], is_fresh)
 
 
 def _make_apart(make: Callable[[Path], Account]) -> Entry:
@@ -69,59 +55,13 @@ def _make_apart(make: Callable[[Path], Account]) -> Entry:
     return Entry(folder, make(folder), is_fresh=True)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=SECONDS_BEFORE_A_LINE)
-    except Timeout:
-        log.info("data: another process is preparing the same rows; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def _fill(folder: Path, about: str, make: Callable[[Path], Account]) -> None:
+    account = make(folder)
+    disk.write_json(folder / ACCOUNT, {"about": about, "account": account})
 
 
-def _make(folder: Path, about: str, make: Callable[[Path], Account]) -> Entry:
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        account = make(beside)
-        files = {file.name: hash_content(file) for file in sorted(beside.iterdir())}
-        (beside / ACCOUNT).write_text(json.dumps({"about": about, "files": files, "account": account}))
-        os.chmod(beside, 0o755)  # a cache may be shared
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    return Entry(folder, account, is_fresh=True)
-
-
-def _read(folder: Path, says: bool = False) -> Entry | None:
-    """The entry in a folder; none where there is none, or where its files are not what was written (then said)."""
-    if not folder.is_dir():
-        return None
-    head = _head(folder)
-    if head and all(_is_whole(folder / name, content) for name, content in head["files"].items()):
-        with contextlib.suppress(OSError):  # a shared cache may be ours to read only
-            os.utime(folder / ACCOUNT)
-        return Entry(folder, head["account"], is_fresh=False)
-    if says:
-        log.warning("data: %s is damaged; preparing its rows again", folder)
-    return None
-
-
-def _is_whole(file: Path, content: str) -> bool:
-    return file.is_file() and hash_content(file) == content
-
-
-def _head(folder: Path) -> dict[str, Any] | None:
-    try:
-        head = json.loads((folder / ACCOUNT).read_text())
-    except (OSError, ValueError):
-        return None
-    return head if isinstance(head, dict) and {"about", "files", "account"} <= head.keys() else None
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -138,28 +78,21 @@ class PreparedData:
 def list_prepared() -> list[PreparedData]:
     """The prepared data in the cache, the last used first."""
     entries = []
-    for folder in prepared_folder().glob("*"):
-        if not folder.is_dir() or folder.name.startswith("."):
-            continue
-        head = _head(folder) or {"about": "damaged; it will be prepared again", "account": {"kept": {}}}
+    for marker in prepared_folder().glob(f"[!.]*/{disk.MARKER}"):
         with contextlib.suppress(OSError):
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            used = max((file.stat().st_mtime for file in folder.iterdir()), default=0.0)
-            entries.append(PreparedData(folder, head["about"], sum(head["account"]["kept"].values()), size, used))
+            entries.append(_listed(marker.parent, marker.stat().st_mtime))
     return sorted(entries, key=lambda entry: -entry.last_used)
+
+
+def _listed(folder: Path, last_used: float) -> PreparedData:
+    try:
+        facts = _read(folder)
+        about, pairs = facts["about"], sum(facts["account"]["kept"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        about, pairs = "damaged; it will be prepared again", 0
+    return PreparedData(folder, about, pairs, disk.size_of(folder), last_used)
 
 
 def clear_prepared() -> int:
     """Removes the prepared data and returns how many bytes that freed; who has it open reads on."""
-    freed = 0
-    for path in prepared_folder().glob("*") if prepared_folder().is_dir() else []:
-        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        size = sum(file.stat().st_size for file in files)
-        try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except FileNotFoundError:
-            continue
-        except OSError as e:
-            raise MachineError(f"{path} cannot be removed ({e.strerror}); remove it as the user who owns it") from None
-        freed += size
-    return freed
+    return sum(disk.remove(path) for path in prepared_folder().glob("*"))

@@ -18,10 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from alignlab.data.layouts import LAYOUTS, NAMES, Fields, Layout, Reader, find_reader, is_red_team, plain_name
 from alignlab.data.splits import HELD_OUT, SPLITS, absent_split, splits_named
+from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError, RecipeError
 from alignlab.fields import suggest
 from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
@@ -126,15 +125,10 @@ def _toy_rows(section: DataSection) -> Iterator[Row]:
 
 
 def hash_content(file: Path) -> str:
-    """xxh3 of a file's bytes, at the speed of the disk."""
-    content = xxhash.xxh3_128()
     try:
-        with file.open("rb") as stream:
-            while piece := stream.read(_READ_BYTES):
-                content.update(piece)
+        return hash_file(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-    return content.hexdigest()
 
 
 # Which split

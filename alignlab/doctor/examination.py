@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
 from alignlab.data.splits import SPLITS
-from alignlab.disk import write_text
+from alignlab.disk import write_record
 from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
 from alignlab.doctor.description import describe
@@ -80,7 +79,7 @@ def before_template(prepared: Prepared, form: Format) -> Prepared:
 def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
     """Keeps it where the report of a run on the same data finds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / EXAMINATION, json.dumps(examination, ensure_ascii=False) + "\n")
+    write_record(folder / EXAMINATION, examination)
     return folder / EXAMINATION
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignlab import model as models
-from alignlab.disk import digest, write_json, write_lines
+from alignlab.disk import check_writable, digest, write_lines, write_record
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
@@ -68,12 +68,13 @@ class Wishes:
 def evaluate(runs: Sequence[Run], wishes: Wishes) -> Path:
     """Evaluates the runs' models side by side and returns the `eval.json` that says what came out."""
     _check_wishes(wishes)
+    check_writable(folder_of(runs))
     evaluation = Evaluation(line_up(runs), wishes)
     began = time.monotonic()
     found = evaluation.measure()
     file = folder_of(runs) / "eval.json"
     write_lines(file.with_name("verdicts.jsonl"), evaluation.verdicts)
-    write_json(file, {**found, "seconds": round(time.monotonic() - began, 1)})
+    write_record(file, {**found, "seconds": round(time.monotonic() - began, 1)})
     return file
 
 

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from alignlab.disk import digest
+from alignlab.disk import ResultCache, digest
 from alignlab.evaluate.candidates import Bench, Candidate
-from alignlab.evaluate.kept import Kept
 from alignlab.format import Format
 from alignlab.generate import Reply, batches, reply_logits, reply_logps, sample_replies
 from alignlab.measures import kl_per_reply
@@ -44,10 +43,10 @@ class Answers:
 
     def __init__(self, bench: Bench, form: Format):
         self.bench, self.form, self.tokenizer = bench, form, form.tokenizer
-        self._files: dict[str, Kept] = {}
+        self._files: dict[str, ResultCache] = {}
 
-    def kept(self, candidate: Candidate) -> Kept:
-        return self._files.setdefault(candidate.key, Kept(candidate.home))
+    def kept(self, candidate: Candidate) -> ResultCache:
+        return self._files.setdefault(candidate.key, ResultCache(candidate.home))
 
     def replies(self, candidate: Candidate, prompts: Sequence[Ids], how: Decoding, about: str) -> list[Reply]:
         """One reply to each prompt."""

@@ -213,11 +213,14 @@ class Bench:
     def _add_adapter(self, candidate: Candidate) -> None:
         model = self._held[candidate.base]
         name = candidate.key
-        if not isinstance(model, PeftModel):
-            self._held[candidate.base] = PeftModel.from_pretrained(model, candidate.adapter, adapter_name=name).eval()
-        elif name not in model.peft_config:
-            model.load_adapter(candidate.adapter, adapter_name=name)
-            model.eval()
+        if name in getattr(model, "peft_config", {}):
+            return
+        with models.loading("adapter", candidate.adapter, candidate.recipe.model):
+            if isinstance(model, PeftModel):
+                model.load_adapter(candidate.adapter, adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, candidate.adapter, adapter_name=name)
+        self._held[candidate.base] = model.eval()
 
     @contextlib.contextmanager
     def on(self, candidate: Candidate) -> Iterator[PreTrainedModel | PeftModel]:

@@ -7,7 +7,6 @@ stands in nothing that is written or printed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 import openai
 from openai.types.chat import ChatCompletion
 
-from alignlab.disk import cache_folder, digest
+from alignlab.disk import ResultCache, cache_folder, digest
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
 from alignlab.evaluate.judge import TIE, Contest, Judgement, Scores, Verdict, combine_orders
 
@@ -65,12 +64,12 @@ class EndpointJudge:
         self.errors: dict[str, str] = {}  # question's key → why it has no answer
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._client = self._connect(url, retries, timeout_seconds)
-        self.cache = AnswerCache(cache_folder() / "judgements" / f"{digest(model)}.jsonl")
+        self.cache = ResultCache(cache_folder() / "judgements" / f"{digest(model)}.jsonl")
 
     def __call__(self, contests: Sequence[Contest]) -> list[Verdict]:
         asked = [[(order, *self._question(contest, order)) for order in ORDERS] for contest in contests]
         questions = {key: text for orders in asked for _, key, text in orders}
-        wanted = {key: text for key, text in questions.items() if key not in self.cache.answers}
+        wanted = {key: text for key, text in questions.items() if key not in self.cache.values}
         if wanted and self.max_requests != 0:
             self._check_endpoint()
             self._ask_all(wanted)
@@ -102,9 +101,9 @@ class EndpointJudge:
         return digest({"model": self.model, "max_tokens": self.max_answer_tokens, "text": text}), text
 
     def _judgement(self, order: str, key: str) -> Judgement:
-        if key not in self.cache.answers:
+        if key not in self.cache.values:
             return Judgement(order, None, error=self.errors.get(key))
-        answer = self.cache.answers[key]
+        answer = self.cache.values[key]
         if (said := read_answer(answer)) is None:
             return Judgement(order, None, text=answer)
         preference, first, second = said
@@ -148,7 +147,7 @@ class EndpointJudge:
 
     def _tells_of_endpoint(self, error: openai.OpenAIError) -> bool:
         """Whether a failure may be everybody's: a model that has answered before refuses a question for what it is."""
-        return not (self.cache.answers and isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError))
+        return not (self.cache.values and isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError))
 
     def _complete(self, text: str) -> tuple[str, int | None]:
         """The model's answer and the tokens it took; what is no chat completion is asked for again."""
@@ -270,37 +269,6 @@ OF_ONE_QUESTION = (
     openai.APIConnectionError,  # dropped, or too slow: whether anybody listens was asked before
     _NoCompletion,
 )
-
-
-class AnswerCache:
-    """A model's answers by question, one JSON line each, in the file as soon as they arrive."""
-
-    def __init__(self, path: Path):
-        self.path, self._lock = path, threading.Lock()
-        self.answers = dict(self._read())
-
-    def _read(self) -> Iterator[tuple[str, str]]:
-        if not self.path.is_file():
-            return
-        for line in self.path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off by a crash
-                row = json.loads(line)
-                yield row["key"], row["answer"]
-
-    def add(self, key: str, answer: str, **facts: Any) -> None:
-        row = json.dumps({"key": key, "answer": answer, **facts}).encode()
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab", buffering=0) as file:
-                file.write((b"" if self._ends_whole() else b"\n") + row + b"\n")
-            self.answers[key] = answer
-
-    def _ends_whole(self) -> bool:
-        with self.path.open("rb") as file:
-            if not file.seek(0, os.SEEK_END):
-                return True
-            file.seek(-1, os.SEEK_END)
-            return file.read() == b"\n"
 
 
 def read_prompt(file: Path) -> Template:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab import model as models
-from alignlab.disk import write_json
+from alignlab.disk import filling, write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.export import difference
 from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, paths_in, publishable, write_card
@@ -296,10 +296,10 @@ def summarize(export: Export) -> str:
         f"  {CAUSES[found.cause]}",
         *(f"  {note}" for note in export.notes),
         "",
-        f'  load  {loader}.from_pretrained("{export.path}")',
+        f"  load  {loader}.from_pretrained({json.dumps(str(export.path), ensure_ascii=False)})",
     ]
     if export.form == MERGED:
-        lines.append(f"        vllm serve {export.path}")
+        lines.append(f"        vllm serve {shlex.quote(str(export.path))}")
     if export.stops.texts:
         texts = ", ".join(json.dumps(text) for text in export.stops.texts)
         lines.append(f"  stop  at {texts} too: no token ends a reply there, so that each request has to name it")
@@ -317,24 +317,6 @@ def _bytes(size: int) -> str:
 def _beside(to: Path, force: bool) -> Iterator[Path]:
     """An empty folder that takes the target's place when the block ends well, and is gone when it does not."""
     _refuse_target(to, force)
-    beside, old = (to.with_name(f".{to.name}.{os.getpid()}{end}") for end in ("", ".old"))
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        beside.mkdir()
-    except (PermissionError, FileExistsError, NotADirectoryError) as e:
-        raise RunError(f"{to} cannot be written ({e.strerror}); name another folder") from None
-    try:
-        yield beside
-        _put_in_place(beside, to, old, force)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _put_in_place(beside: Path, to: Path, old: Path, force: bool) -> None:
-    for file in beside.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
-    _refuse_target(to, force)
-    if to.exists():
-        to.rename(old)
-    beside.rename(to)
-    shutil.rmtree(old, ignore_errors=True)
+    with filling(to) as folder:
+        yield folder
+        _refuse_target(to, force)

@@ -88,7 +88,10 @@ def _check_base(run: Run, section: ModelSection, recorded: Base | None) -> None:
 def load_trained(trained: Trained) -> PreTrainedModel | PeftModel:
     """The model as the run trained it: the base in 4-bit where it was, and the adapter on it."""
     weights = _as_trained(trained)
-    return PeftModel.from_pretrained(weights, str(trained.adapter)) if trained.adapter else weights
+    if trained.adapter is None:
+        return weights
+    with models.loading("adapter", str(trained.adapter), trained.section):
+        return PeftModel.from_pretrained(weights, str(trained.adapter))
 
 
 def _as_trained(trained: Trained) -> PreTrainedModel:
@@ -119,7 +122,8 @@ def load_plain(name: str, dtype: str, section: ModelSection, device_map: str | N
     """Full weights in this dtype, whatever the recipe says about 4-bit; on the CPU unless told otherwise."""
     revision = {"revision": section.revision} if section.revision and name == section.name else {}
     how = {"trust_remote_code": section.trust_remote_code, "device_map": device_map, **revision}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **how)
+    with models.loading("model", name, section):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **how)
 
 
 def load_exported(folder: Path, dtype: str, trained: Trained) -> PreTrainedModel | PeftModel:

@@ -14,12 +14,24 @@ from typing import Any
 import yaml
 
 from alignlab import typed
+from alignlab.disk import read_record
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, is_number
 from alignlab.report.curves import read_metrics
 from alignlab.report.replies import last_samples
 from alignlab.report.verdict import with_interval
-from alignlab.run import EXAMINATION, Examination, Figures, Manifest, Rows, Run, Sweep, SweepMember, parent_of
+from alignlab.run import (
+    EXAMINATION,
+    Examination,
+    Figures,
+    Manifest,
+    Rows,
+    Run,
+    Sweep,
+    SweepMember,
+    parent_of,
+    refuse_changed,
+)
 
 SHARES = ("accuracy", "eos_rate")
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
@@ -28,6 +40,7 @@ OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sa
 def read_run(path: Path) -> dict[str, Any]:
     """The facts of a run, with its metric rows under `rows` and its last replies under `samples`."""
     run = Run(path)
+    refuse_changed(run)
     rows, notices = read_metrics(run.metrics_file)
     manifest = _manifest(run, bool(rows))
     samples, split = last_samples(run.samples_file)
@@ -262,10 +275,9 @@ def read_evaluation(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_record(file)
     except ValueError as e:
-        raise RunError(f"{file} is not JSON ({e}); make it anew with alignlab eval") from None
-    return found if isinstance(found, dict) else None
+        raise RunError(f"{file} is {e}; make it anew with alignlab eval") from None
 
 
 def sweep_facts(sweep: Sweep) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import write_json
+from alignlab.disk import write_record
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, is_number, mean_estimate
 from alignlab.recipe import consumed
@@ -81,7 +81,7 @@ def collect(members: Members, failures: Mapping[str, str] | None = None) -> Swee
         members=[_written(row) for row in rows],
     )
     members.folder.mkdir(parents=True, exist_ok=True)
-    write_json(members.folder / SWEEP, asdict(sweep))
+    write_record(members.folder / SWEEP, asdict(sweep))
     return sweep
 
 
