@@ -357,9 +357,10 @@ def _is_adapter(section: ModelSection) -> bool:
 def _refuse_other_base(section: ModelSection, adapter: str) -> None:
     with loading("adapter", adapter, section):
         trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    base = Run(Path(adapter).parent).manifest.get("base") or {}
-    if "weights" in base and Path(section.name).is_dir():  # by content: a folder may have moved, or have changed
-        if base["weights"] == weights_hash(Path(section.name)):
+    run = Run(Path(adapter).parent)
+    base = run.manifest.base if run.has_started else None
+    if base and base.weights and Path(section.name).is_dir():  # by content: a folder may have moved, or have changed
+        if base.weights == weights_hash(Path(section.name)):
             return
         raise ModelError(
             f"the adapter {adapter} was trained on other weights than those in {section.name}; "

@@ -619,7 +619,7 @@ def test_a_base_is_known_by_content_where_its_folder_has_moved(adapters, folders
     moved = shutil.copytree(folders["llama"], tmp_path / "moved")
     config = json.loads((run.model / models.ADAPTER_FILE).read_text())
     (run.model / models.ADAPTER_FILE).write_text(json.dumps({**config, "base_model_name_or_path": "/old/place"}))
-    run.note(base={"name": "/old/place", "weights": weights_hash(moved)})
+    run.note(stage="sft", status="finished", base={"name": "/old/place", "weights": weights_hash(moved)})
     assert find_start(section(name=str(moved)), run.model).adapter == str(run.model)
     said = refusal(find_start, section(name=str(folders["gpt2"])), run.model)
     assert "was trained on other weights than those in" in said
