@@ -201,3 +201,52 @@ def test_data_as_json_has_rows_kept_and_dropped_by_reason(write, tmp_path, capsy
     assert (said["rows_read"], said["kept"], sum(said["dropped"].values())) == (201, 200, 1)
     written = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     assert len(written) == 200 and written[0].keys() == {"split", "prompt", "chosen", "rejected"}
+
+
+def test_data_as_json_is_one_object_with_what_was_read_and_what_was_not(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"question {n}", "chosen": "Yes, it is.", "rejected": "No, never.", "sys": "x"} for n in range(200)
+    ]
+    rows[7]["prompt"] = None
+    folder = write([json.dumps(row) for row in rows])
+    assert main(["data", str(folder / "r.yaml"), "data.source=null", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["layout"], said["rows_read"], said["kept"]) == ("pairs", 200, 199)
+    assert said["dropped"] == {"no field 'prompt'": 1} and said["not_read"] == {"sys": 200}
+    assert sum(said["splits"].values()) == 199 and set(said["splits"]) == {"train", "validation", "test"}
+    rows_of = {finding["name"]: finding["rows"] for finding in said["findings"]}
+    assert (rows_of["not-read"], rows_of["dropped-rows"], rows_of["prompt-in-reply"]) == (200, 1, 0)
+    assert all({"name", "level", "rows"} <= finding.keys() for finding in said["findings"])
+
+
+def test_a_path_that_a_recipe_misses_is_said_by_show_with_where_it_was_looked_for(say, tmp_path):
+    (tmp_path / "mine").mkdir()
+    text = "data: {path: pears.jsonl}\nmodel: {name: toy, dtype: float32}\n"
+    (tmp_path / "mine" / "r.yaml").write_text(text)
+    (tmp_path / "mine" / "pairs.jsonl").write_text("{}")
+    code, said = say("show", "mine/r.yaml")
+    assert code == 2 and len(said.splitlines()) == 1
+    assert all(
+        part in said for part in ("r.yaml:1", "'pears.jsonl'", "mine and the working folder", "mine/pairs.jsonl")
+    )
+
+
+def test_a_path_on_the_command_line_is_recognised_by_its_columns(write, tmp_path, capsys, monkeypatch):
+    """As in the help of `alignlab dpo`: the recipe says hh-rlhf of its own path, and these rows are pairs."""
+    monkeypatch.chdir(tmp_path)
+    folder = write([json.dumps(HH)])
+    rows = [{"prompt": f"question {n}", "chosen": "Yes, it is.", "rejected": "No, never."} for n in range(200)]
+    (tmp_path / "my #1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", str(folder / "r.yaml"), "data.path=my #1.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "pairs"
+
+
+def test_a_reply_that_is_too_long_names_its_own_setting(say, write):
+    rows = [
+        json.dumps({"chosen": f"\n\nHuman: {n}\n\nAssistant: {'so ' * 60}", **{"rejected": HH["rejected"]}})
+        for n in range(9)
+    ]
+    rows = [row.replace("Hi", str(n)) for n, row in enumerate(rows)]
+    code, said = say("data", str(write(rows) / "r.yaml"), "data.max_reply_tokens=20")
+    assert code == 2 and "reply too long (9)" in said and "data.max_reply_tokens" in said and "columns" not in said

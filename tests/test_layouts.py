@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignlab.data import prepare, prepare_replies, sft_rows
-from alignlab.data.layouts import find_reader
+from alignlab.data.layouts import LAYOUTS, find_reader
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
-from alignlab.recipe import DataSection, SFTDataSection
+from alignlab.recipe import DataSection, SFTDataSection, Source
 
 SHARED = Path(__file__).parents[2] / "shared"
 PREFERENCE = SHARED / "data" / "preference"
@@ -112,6 +114,13 @@ def test_a_source_that_is_recognised_is_said_and_one_that_is_not_lists_the_colum
 def hh(number):
     prompt = f"\n\nHuman: question {number}\n\nAssistant:"
     return {"chosen": f"{prompt} yes", "rejected": f"{prompt} no"}
+
+
+def test_every_layout_has_a_line_in_the_docs_and_a_setting():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for line in lines for name in re.findall(r"`(.+?)`", line)} == set(LAYOUTS)
+    assert set(get_args(Source)) == {*LAYOUTS, "toy"}
 
 
 # HH-RLHF
