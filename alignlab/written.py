@@ -156,7 +156,7 @@ def _is_of_other_data(key: Key, below: dict[Key, Written], above: dict[Key, Writ
     """Whether a setting describes the data of a path that `above` replaces by another one."""
     section = next((prefix for prefix in (("data", "sft"), ("data",)) if key[: len(prefix)] == prefix), None)
     new = section and above.get((*section, "path"))
-    if not new or len(key) == len(section):
+    if not section or not new or len(key) == len(section):
         return False
     names = [Path(str(item.value)).name for item in (new, below.get((*section, "path"))) if item]
     gone = _OF_ROWS if len({*names}) == 1 and len(names) == 2 else _OF_ROWS + _OF_PARTS
