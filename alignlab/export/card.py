@@ -54,7 +54,7 @@ def publishable(text: str, secrets: Sequence[str] = ()) -> str:
 
 def paths_in(tree: Any) -> set[str]:
     """The absolute paths among the values of nested mappings and lists, those with spaces in them included."""
-    if is_dataclass(tree):
+    if is_dataclass(tree) and not isinstance(tree, type):
         return paths_in(asdict(tree))
     if isinstance(tree, Mapping):
         return set().union(*map(paths_in, tree.values()))

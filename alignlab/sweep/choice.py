@@ -173,7 +173,8 @@ def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = Fa
 
 
 def _estimate(found: Mapping[str, Any]) -> Estimate:
-    return Estimate(**{each.name: found.get(each.name) for each in fields(Estimate)})
+    known: dict[str, Any] = {each.name: found.get(each.name) for each in fields(Estimate)}
+    return Estimate(**known)
 
 
 # --- the rule ---
@@ -259,7 +260,7 @@ def _warnings(finished: Sequence[Measured]) -> list[str]:
 
 def _written(row: Row) -> SweepMember:
     figures = {name: getattr(row.measured, name) for name in (*FIGURES, "perplexity_change")} if row.measured else {}
-    about = {"run": row.member.name, "path": str(row.path), "settings": row.member.settings}
+    about: dict[str, Any] = {"run": row.member.name, "path": str(row.path), "settings": row.member.settings}
     return SweepMember(**about, status=row.status, error=row.error, **figures)
 
 
