@@ -65,7 +65,9 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
             run.note(sft_data=_facts_of(replies))
         checkpoint = _resume_point(run)
         args = sft_config(recipe, _here(run.checkpoints, len(rows), checkpoint))
-        models.check_positions(models.load_config(section), args.max_length, "sft")
+        config = models.load_config(section)
+        models.check_positions(config, args.max_length, "sft")
+        models.check_vocabulary(config, tokenizer, rows)
         set_seed(args.seed)
         weights = models.load_weights(section)
         policy = models.add_adapter(weights, section) if section.lora is not None else weights
@@ -135,7 +137,9 @@ def _start(recipe: Recipe, root: Path) -> tuple[Run | None, ModelSection, models
 
 def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, here: Circumstances, tokenizer, pairs):
     args = dpo_config(recipe, here)
-    models.check_positions(models.load_config(section), args.max_length, "dpo")
+    config = models.load_config(section)
+    models.check_positions(config, args.max_length, "dpo")
+    models.check_vocabulary(config, tokenizer, pairs.train)
     set_seed(args.seed)
     policy, reference = models.load_policy(section, start)
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}

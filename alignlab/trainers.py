@@ -21,7 +21,7 @@ from alignlab import heldout
 from alignlab.errors import RunError
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
-from alignlab.model import load_adapters
+from alignlab.model import leave_router_logits_out, load_adapters
 from alignlab.monitor import CarriedOver, Guard
 from alignlab.packing import decide, share_prefixes
 from alignlab.run import is_whole
@@ -125,6 +125,7 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
         self._batch_sizes: list[dict[str, int]] = []
         self._batch_losses: list[float] = []
         super().__init__(*args, **kwargs)
+        leave_router_logits_out(self.model)
 
     def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"tokens": (inputs["labels"][:, 1:] != -100).sum()}
