@@ -33,6 +33,7 @@ from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.format import FIXED_DAY, Format, Stops
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
+from alignlab.listing import far_from_usual
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
@@ -222,6 +223,9 @@ def _say_what_it_needs(recipe: Recipe, stage: str, run: Run) -> None:
     cuda = torch.cuda.is_available()
     line, planned = plan_line(recipe, stage, cuda=cuda)
     log.info("%s", line)
+    for key, why in far_from_usual(recipe).items():
+        if key.startswith(stage):
+            log.warning("%s: %s", key, why)
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     run.note(planned_gib=planned, machine={**dataclasses.asdict(run.manifest.machine), "gpus": gpus})
 
