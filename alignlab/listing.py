@@ -44,6 +44,8 @@ def show_recipe(recipe: Recipe) -> str:
             lines += ["", name, *_columns(_rows(section, name, recipe.sources))]
     if unused := without_effect(recipe):
         lines += ["", "without effect", *_columns((key, why) for key, why in unused.items())]
+    if unusual := far_from_usual(recipe):
+        lines += ["", "far from what is usual", *_columns((key, why) for key, why in unusual.items())]
     return "\n".join(lines)
 
 
@@ -98,6 +100,30 @@ def recipe_facts(recipe: Recipe, arguments: Mapping[str, Mapping[str, Any]]) -> 
         "without_effect": without_effect(recipe),
         "trl": given,
     }
+
+
+# Learning rates that are usual for a whole model and for an adapter: alignment-handbook's Zephyr, full and QLoRA; for
+# DPO of whole models the range that the course on DPO advises, and ten times it for adapters.
+USUAL_RATES = {"sft": ((1e-5, 5e-5), (1e-4, 5e-4)), "dpo": ((5e-7, 5e-6), (5e-6, 5e-5))}
+USUAL_BETAS = (0.01, 0.5)  # of the sigmoid loss: alignment-handbook's Zephyr, and DPO, arXiv 2305.18290, sec. 6
+FAR_OFF = 10  # times above or below what is usual
+
+
+def far_from_usual(recipe: Recipe) -> dict[str, str]:
+    """The written values that are far from what is usual, and what that is; the toy learns at rates of its own."""
+    found: dict[str, str] = {}
+    for stage, usual in USUAL_RATES.items():
+        adapter = recipe.model.lora is not None
+        low, high = usual[adapter]
+        rate = getattr(recipe, stage).get("learning_rate", low)
+        if recipe.model.name != "toy" and not low / FAR_OFF <= rate <= high * FAR_OFF:
+            what = "an adapter" if adapter else "a whole model"
+            found[f"{stage}.learning_rate"] = f"{rate:g} is far from the usual {low:g} to {high:g} for {what}"
+    low, high = USUAL_BETAS
+    beta = recipe.dpo.get("beta", low)
+    if recipe.dpo.get("loss_type", ["sigmoid"]) == ["sigmoid"] and not low / FAR_OFF <= beta <= high * FAR_OFF:
+        found["dpo.beta"] = f"{beta:g} is far from the usual {low:g} to {high:g}; 0.2 to 0.3 is a start"
+    return found
 
 
 def without_effect(recipe: Recipe) -> dict[str, str]:

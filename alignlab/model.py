@@ -12,7 +12,9 @@ from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -135,9 +137,18 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     chosen = {"attn_implementation": section.attn_implementation, "use_kernels": section.use_kernels}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     with loading("model", name, section):
-        return AutoModelForCausalLM.from_pretrained(
+        weights = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=_placement(), **chosen, **quantized, **_where(section, name)
         )
+    leave_router_logits_out(weights)
+    return weights
+
+
+def leave_router_logits_out(model: PreTrainedModel) -> None:
+    """Of a mixture of experts, but where TRL's loss asks for them: `generate` fails with them (transformers 5.23)."""
+    config = model.config.get_text_config()
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def load_config(section: ModelSection, name: str | None = None) -> PreTrainedConfig:
@@ -217,6 +228,19 @@ def check_positions(config: PreTrainedConfig, max_length: int | None, stage: str
         raise ModelError(
             f"{stage}.max_length is {max_length}, but the model has {positions} positions; "
             f"lower data.max_prompt_tokens and data.max_reply_tokens, and {stage}.max_length where it is written"
+        )
+
+
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """Raises ModelError where rows hold a token, or are padded with one, that the model has no embedding for."""
+    known = config.get_text_config().vocab_size
+    columns = (rows.data.column(name) for name in rows.column_names if name.endswith("_ids"))
+    largest = max(tokenizer.pad_token_id, *(pc.max(pc.list_flatten(column)).as_py() for column in columns))
+    if largest >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"the tokenizer writes {token!r} as {largest}, and the model has embeddings for {known} tokens only; "
+            f"use the tokenizer that the model was trained with, or enlarge its embeddings"
         )
 
 

@@ -33,6 +33,7 @@ from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.format import FIXED_DAY, Format, Stops
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
+from alignlab.listing import far_from_usual
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
@@ -65,7 +66,9 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
             run.note(sft_data=_facts_of(replies))
         checkpoint = _resume_point(run)
         args = sft_config(recipe, _here(run.checkpoints, len(rows), checkpoint))
-        models.check_positions(models.load_config(section), args.max_length, "sft")
+        config = models.load_config(section)
+        models.check_positions(config, args.max_length, "sft")
+        models.check_vocabulary(config, tokenizer, rows)
         set_seed(args.seed)
         weights = models.load_weights(section)
         policy = models.add_adapter(weights, section) if section.lora is not None else weights
@@ -135,7 +138,9 @@ def _start(recipe: Recipe, root: Path) -> tuple[Run | None, ModelSection, models
 
 def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, here: Circumstances, tokenizer, pairs):
     args = dpo_config(recipe, here)
-    models.check_positions(models.load_config(section), args.max_length, "dpo")
+    config = models.load_config(section)
+    models.check_positions(config, args.max_length, "dpo")
+    models.check_vocabulary(config, tokenizer, pairs.train)
     set_seed(args.seed)
     policy, reference = models.load_policy(section, start)
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
@@ -218,6 +223,9 @@ def _say_what_it_needs(recipe: Recipe, stage: str, run: Run) -> None:
     cuda = torch.cuda.is_available()
     line, planned = plan_line(recipe, stage, cuda=cuda)
     log.info("%s", line)
+    for key, why in far_from_usual(recipe).items():
+        if key.startswith(stage):
+            log.warning("%s: %s", key, why)
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     run.note(planned_gib=planned, machine={**dataclasses.asdict(run.manifest.machine), "gpus": gpus})
 

@@ -20,7 +20,14 @@ from trl.trainer.utils import use_adapter
 from alignlab import heldout
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
-from alignlab.model import PICKLED_STATE, PICKLED_WEIGHTS, load_adapters, refuse_changed, refuse_pickles
+from alignlab.model import (
+    PICKLED_STATE,
+    PICKLED_WEIGHTS,
+    leave_router_logits_out,
+    load_adapters,
+    refuse_changed,
+    refuse_pickles,
+)
 from alignlab.monitor import CarriedOver, Guard
 from alignlab.packing import decide, share_prefixes
 from alignlab.samples import Samples
@@ -134,6 +141,7 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
         self._batch_sizes: list[dict[str, int]] = []
         self._batch_losses: list[float] = []
         super().__init__(*args, **kwargs)
+        leave_router_logits_out(self.model)
 
     def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"tokens": (inputs["labels"][:, 1:] != -100).sum()}

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from alignlab import fields as library
 from alignlab.errors import RecipeError
 from alignlab.fields import Setting, library_settings
-from alignlab.listing import list_recipes, show_arguments, show_recipe, without_effect
+from alignlab.listing import far_from_usual, list_recipes, show_arguments, show_recipe, without_effect
 from alignlab.recipe import consumed, load_recipe, run_name, write_yaml
 from alignlab.rules import INSTEAD, OWNED
 from alignlab.written import SHIPPED
 
 MINIMAL = "data: {source: hh-rlhf, path: rows.jsonl}\nmodel: {name: some/model}\n"
 SHIPPED_FILES = sorted(SHIPPED.rglob("*.yaml"))
-RUNNABLE = ["gpt2", "llama2", "mistral", "tiny", "zephyr"]
+RUNNABLE = ["gemma3", "gpt2", "llama2", "llama3", "mistral", "qwen3", "smollm3", "tiny", "zephyr"]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +218,10 @@ FAULTS = [
         "model.dtype is 'bf16' (r.yaml:3); expected float32, bfloat16, float16; did you mean 'bfloat16'?",
     ),
     ("dpo: {beta: 0}", "dpo.beta is 0 (r.yaml:3); expected a value above 0"),
+    (
+        "dpo: {learning_rate: 5e6}",
+        "dpo.learning_rate is 5000000.0 (r.yaml:3); expected a value above 0 and at most 1, such as 5e-6",
+    ),
     ("dpo: {beta: .nan}", "dpo.beta is nan (r.yaml:3); expected a value above 0"),
     ("data: {test_share: 1.0}", "data.test_share is 1.0 (r.yaml:3); expected a share: at least 0 and below 1"),
     ("model: {lora: {r: 0}}", "model.lora.r is 0 (r.yaml:3); expected 1 or more"),
@@ -278,7 +282,8 @@ def test_every_fault_is_reported_at_once_with_file_or_override():
         "command line: 'oops' is not an override; write section.key=value, such as dpo.beta=0.3",
         "dpo.bta is not a setting (r.yaml:2); did you mean 'beta'?",
         "dpo.beta is 'abc' (r.yaml:2); expected float",
-        "sft.learning_rate is -1 (command line: 'sft.learning_rate=-1'); expected a value above 0",
+        "sft.learning_rate is -1 (command line: 'sft.learning_rate=-1'); "
+        "expected a value above 0 and at most 1, such as 5e-6",
         "model.name is missing; write it in the recipe or as model.name=… on the command line",
     ]
 
@@ -485,6 +490,32 @@ def test_a_written_recipe_reads_back_as_the_same(name):
     for part in ("about", "data", "model", "sft", "dpo", "monitor"):
         assert getattr(again, part) == getattr(recipe, part)
     assert load_recipe(name, recipe.overrides) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("dpo.learning_rate=1e-3", "0.001 is far from the usual 5e-07 to 5e-06 for a whole model"),
+        ("dpo.learning_rate=1e-9", "1e-09 is far from the usual 5e-07 to 5e-06 for a whole model"),
+        ("sft.learning_rate=0.01", "0.01 is far from the usual 1e-05 to 5e-05 for a whole model"),
+        ("dpo.beta=20", "20 is far from the usual 0.01 to 0.5; 0.2 to 0.3 is a start"),
+    ],
+)
+def test_a_value_far_from_what_is_usual_is_noted_with_what_is(given, said):
+    recipe = load_recipe(write(MINIMAL), [given])
+    assert far_from_usual(recipe) == {given.partition("=")[0]: said}
+    assert said in show_recipe(recipe)
+
+
+def test_what_an_adapter_learns_at_is_ten_times_what_a_whole_model_does():
+    rate = "dpo.learning_rate=3e-4"
+    assert far_from_usual(load_recipe(write(MINIMAL), [rate]))
+    assert not far_from_usual(load_recipe("r.yaml", [rate, "model.lora.r=8"]))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_no_shipped_recipe_is_far_from_what_is_usual(name):
+    assert far_from_usual(load_recipe(name)) == {}
 
 
 # --- the shipped recipes ---
