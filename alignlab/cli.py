@@ -145,20 +145,25 @@ def _eval(args: argparse.Namespace) -> None:
         _print(report_line(file.parent))
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
-    from alignlab.plan import GPUS, plan_facts, show_plan, show_probe, stages_of
+    from alignlab.plan.memory import plan
+    from alignlab.plan.page import GPUS, plan_facts, show_plan, stages_of
 
     stages, gpus = stages_of(recipe, args.of), args.gpu or GPUS
-    cuda = bool(args.gpu) or not (args.cpu or recipe.model.name == "toy")
-    if not args.probe:
-        facts = lambda: harmless_json(plan_facts(recipe, stages, gpus, cuda=cuda))
-        _print(facts() if args.json else show_plan(recipe, stages, gpus, cuda=cuda))
-        return
-    from alignlab.probe import probe
+    if args.probe:
+        from alignlab.probe import probe, show_probe
 
-    for stage in stages:
-        _print(show_probe(stage, probe(recipe, stage)))
+        for stage in stages:
+            _print(show_probe(stage, probe(recipe, stage)))
+        return 0
+    cuda = bool(args.gpu) or not (args.cpu or recipe.model.name == "toy")
+    plans = [plan(recipe, stage, cuda=cuda) for stage in stages]
+    if args.json:
+        _print(harmless_json(plan_facts(plans, gpus)))
+    else:
+        _print("\n\n".join(show_plan(each, gpus) for each in plans))
+    return int(not all(each.fits(gpu) for each in plans for gpu in args.gpu or ()))
 
 
 def _export(args: argparse.Namespace) -> None:

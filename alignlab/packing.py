@@ -255,7 +255,7 @@ class PrefixSharing:
         distance_N = (log_probs_ST.detach() - expected_ST).abs().float()[plan.scored_ST.to(expected_ST.device)]
         exact = self._exact
         difference, limit = (distance_N.max(), MAX_DIFFERENCE) if exact else (distance_N.mean(), MEAN_DIFFERENCE)
-        self.differences[check] = difference.item()
+        difference = self.differences[check] = difference.item()
         if difference <= limit:  # a NaN is not
             return True
         message = (

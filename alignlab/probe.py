@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, SFTConfig
@@ -22,8 +21,11 @@ from trl import DPOConfig, SFTConfig
 from alignlab import model as models
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, sft_rows
-from alignlab.plan.memory import Plan, plan
-from alignlab.recipe import ModelSection, Recipe
+from alignlab.plan.fakes import Meter, held_tensors
+from alignlab.plan.memory import GIB, Plan, plan
+from alignlab.plan.steps import Row
+from alignlab.recipe import Recipe
+from alignlab.reference import with_reference_columns
 from alignlab.train import prepare_data, with_weights
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 
@@ -58,36 +60,6 @@ class Probe:
         return self.measured / self.planned - 1
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of living tensors after each operation; what a kernel takes and returns inside is not seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def watch(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.watch(leaf)
-        return result
-
-
 def probe(recipe: Recipe, stage: str) -> Probe:
     """Two steps of `stage` on the recipe's longest rows, from a fresh adapter, in a folder that is removed after.
 
@@ -95,41 +67,39 @@ def probe(recipe: Recipe, stage: str) -> Probe:
     a kernel takes for itself: it checks the parts that do not depend on CUDA.
     """
     tokenizer, pairs = prepare_data(recipe)
-    section = with_weights(recipe).model
-    cuda = torch.cuda.is_available()
+    recipe, cuda = with_weights(recipe), torch.cuda.is_available()
+    whole = plan(recipe, stage, cuda=cuda).job
+    micro_batches = min(whole.given["gradient_accumulation_steps"], MICRO_BATCHES)
+    rows = _longest(pairs, stage, len(whole.rows))
+    lengths = [_lengths(row) for row in rows]
+    rows = datasets.concatenate_datasets([rows] * STEPS * micro_batches)
     with tempfile.TemporaryDirectory() as folder:
-        rows = _longest(pairs, stage, _batch(recipe, stage, cuda))
-        trainer = _trainer(recipe, section, stage, rows, tokenizer, Path(folder))
+        trainer = _trainer(recipe, stage, rows, micro_batches, tokenizer, Path(folder))
+        if stage == "dpo":
+            _prepare_dpo(trainer, recipe, online=whole.scores_online)
         with measured(trainer.model, trainer) as found:
             trainer.train()
-    longest = max(_lengths(rows))
-    planned = plan(recipe, stage, cuda=cuda, length=longest)
-    return Probe(planned, found["peak"], found.get("reserved"))
-
-
-def _batch(recipe: Recipe, stage: str, cuda: bool) -> int:
-    return plan(recipe, stage, cuda=cuda).batch
+    return Probe(plan(recipe, stage, cuda=cuda, rows=lengths), found["peak"], found.get("reserved"))
 
 
 def _longest(pairs: Prepared, stage: str, batch: int) -> Dataset:
-    """The longest rows, each batch of the probe being the same ones."""
+    """As many of the longest rows as a micro-batch has."""
     rows = sft_rows(pairs.train) if stage == "sft" else pairs.train
-    order = sorted(range(len(rows)), key=_lengths(rows).__getitem__, reverse=True)[:batch]
-    wanted = (order * batch)[:batch]
-    return rows.select(wanted * STEPS * MICRO_BATCHES)
+    order = sorted(range(len(rows)), key=lambda number: -_lengths(rows[number]).length)[:batch]
+    return rows.select((order * batch)[:batch])
 
 
-def _lengths(rows: Dataset) -> list[int]:
-    if "input_ids" in rows.column_names:
-        return [len(ids) for ids in rows["input_ids"]]
-    columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True)]
+def _lengths(row: Mapping[str, Any]) -> Row:
+    if "labels" in row:
+        prompt = sum(label == -100 for label in row["labels"])
+        return Row(prompt, len(row["labels"]) - prompt, 0)
+    return Row(*(len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
 
 
-def _trainer(recipe: Recipe, section: ModelSection, stage: str, rows: Dataset, tokenizer: Any, folder: Path):
-    here = Circumstances(folder, len(rows), not torch.cuda.is_available())
+def _trainer(recipe: Recipe, stage: str, rows: Dataset, micro_batches: int, tokenizer: Any, folder: Path) -> Any:
+    section, here = recipe.model, Circumstances(folder, len(rows), not torch.cuda.is_available())
     given = {**trl_arguments(recipe, stage, here), **QUIET}
-    given |= {"max_steps": STEPS, "gradient_accumulation_steps": MICRO_BATCHES, "learning_rate": 1e-6}
+    given |= {"max_steps": STEPS, "gradient_accumulation_steps": micro_batches, "learning_rate": 1e-6}
     weights = models.load_weights(section)
     policy = models.add_adapter(weights, section) if section.lora is not None else weights
     common = {"train_dataset": rows, "processing_class": tokenizer}
@@ -145,6 +115,31 @@ def _trainer(recipe: Recipe, section: ModelSection, stage: str, rows: Dataset, t
     return trainer
 
 
+def _prepare_dpo(trainer: AlignDPOTrainer, recipe: Recipe, *, online: bool) -> None:
+    """What `train_dpo` does before it trains; the reference's log-probabilities are zeros, where they are stored."""
+    rows = trainer.train_dataset
+    trainer.share_prefixes(recipe.model.prefix_sharing)
+    trainer.score_one(rows[0])
+    if not online:
+        rows = with_reference_columns(rows, *np.zeros((2, len(rows)), np.float32))
+        trainer.use_stored_reference(rows, rows)
+
+
+def show_probe(stage: str, probe: Probe) -> str:
+    """What two real steps took, beside what was planned for them."""
+    rows = f"micro-batches of {len(probe.plan.job.rows)}, the longest row {probe.plan.job.longest.length} tokens"
+    lines = [
+        f"{stage}: two steps, {rows}",
+        f"  planned   {probe.planned / GIB:8.3f} GiB of tensors, in a training step",
+    ]
+    lines.append(f"  measured  {probe.measured / GIB:8.3f} GiB ({probe.difference:+.1%})")
+    if probe.reserved is None:
+        lines.append("  counted after each operation on the CPU; what depends on CUDA is not compared")
+    else:
+        lines.append(f"  reserved  {probe.reserved / GIB:8.3f} GiB, which the allocator held")
+    return "\n".join(lines)
+
+
 @contextlib.contextmanager
 def measured(model: torch.nn.Module, trainer: Any) -> Iterator[dict[str, float]]:
     """The peak inside the block, which is there once it ends."""
@@ -155,26 +150,9 @@ def measured(model: torch.nn.Module, trainer: Any) -> Iterator[dict[str, float]]
         found.update(peak=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved())
         return
     meter = Meter()
-    for tensor in held_tensors(model, getattr(trainer, "ref_model", None)):
-        meter.watch(tensor)
+    for held in filter(None, (model, getattr(trainer, "ref_model", None))):
+        for tensor in [*held.buffers(), *(each for weight in held.parameters() for each in held_tensors(weight))]:
+            meter.watch(tensor)
     with meter:
         yield found
     found["peak"] = meter.peak
-
-
-def held_tensors(*held: torch.nn.Module | None) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, and the tensors in which bitsandbytes keeps a 4-bit weight's scales."""
-    for model in filter(None, held):
-        yield from model.buffers()
-        for parameter in model.parameters():
-            yield parameter
-            if state := getattr(parameter, "quant_state", None):
-                yield from _tensors_of(state)
-
-
-def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
-    for value in vars(state).values():
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif type(value) is type(state):
-            yield from _tensors_of(value)

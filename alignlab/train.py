@@ -34,7 +34,7 @@ from alignlab.figures import figures_on_test, held_out_prompts
 from alignlab.format import FIXED_DAY, Format, Stops
 from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
 from alignlab.listing import far_from_usual
-from alignlab.plan import plan_line
+from alignlab.plan.page import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
 from alignlab.run import Parent, Run

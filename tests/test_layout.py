@@ -56,9 +56,9 @@ def test_an_import_inside_a_function_counts():
         "    import alignlab.run",
         "    from alignlab import toy, __version__",
         "    from alignlab.data import load",
-        "    from alignlab.plan import tape",
+        "    from alignlab.plan import fakes",
     )
-    assert imported(ast.parse("\n".join(lines))) == {"train", "run", "toy", "data", "plan.tape"}
+    assert imported(ast.parse("\n".join(lines))) == {"train", "run", "toy", "data", "plan.fakes"}
 
 
 @pytest.mark.parametrize("module", sorted(TREES))

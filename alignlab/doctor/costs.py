@@ -11,7 +11,6 @@ from typing import Any
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.errors import AlignlabError
 from alignlab.fields import library_settings
-from alignlab.plan.shapes import read_shape
 from alignlab.recipe import Recipe, run_name
 from alignlab.run import Run
 
@@ -70,11 +69,12 @@ def _hours(stage: str, positions: float, checkpointing: bool, recipe: Recipe) ->
     The rule of Kaplan et al. (arXiv 2001.08361, sec. 2.1), which leaves attention scores out. The reference's
     forward is counted as often as the policy's.
     """
+    from alignlab.plan.outline import config_of, matrix_weights
+
     try:
-        shape = read_shape(recipe.model)
+        weights = matrix_weights(config_of(recipe.model), recipe.model)
     except AlignlabError as e:
         return {"operations": None, "hours": None, "why": str(e)}
-    weights = shape.linear_weights + shape.hidden * shape.vocabulary
     passes = 1 + (1 if recipe.model.lora else 2) + checkpointing + (stage == "dpo")
     operations = 2.0 * weights * positions * passes
     hours = {gpu: operations / (peak * 1e12 * UTILIZATION) / 3600 for gpu, peak in PEAK_TFLOPS.items()}

@@ -40,7 +40,6 @@ from trl import DPOConfig
 from alignlab import model as models
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.plan.memory import GIB, plan
-from alignlab.plan.shapes import shape_of
 from alignlab.probe import MICRO_BATCHES, QUIET, STEPS, measured
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.trainers import AlignDPOTrainer
@@ -88,8 +87,7 @@ def compare(name: str, config, lengths: tuple[int, ...]) -> list[dict]:
 
 def cell(name: str, recipe: Recipe, weights: PreTrainedModel, config, length: int, pairs: int) -> dict:
     """Two steps on rows of `length` tokens, half of them prompt, as the plan takes them to be."""
-    shape = shape_of(config.to_dict(), name)
-    found = plan(recipe, "dpo", cuda=torch.cuda.is_available(), batch=pairs, length=length, shape=shape)
+    found = plan(recipe, "dpo", cuda=torch.cuda.is_available(), batch=pairs, length=length, config=config)
     policy = models.add_adapter(weights, recipe.model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(policy, recipe, rows(length, pairs, config.vocab_size), pairs, Path(folder))
