@@ -12,9 +12,9 @@ from datasets import Dataset
 from alignlab import heldout, toy
 from alignlab.data import Prepared
 from alignlab.disk import write_lines
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.format import stops_of
 from alignlab.heldout import PairLogps
-from alignlab.measures import Estimate, estimate
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
 from alignlab.run import Run
@@ -76,4 +76,4 @@ def _reference_logps(trainer: AlignDPOTrainer, pairs: Dataset, policy: PairLogps
 def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:
     """How often the policy's reply beats the reference's by the toy's rule; a tie counts half."""
     scored = [(toy.score(s["prompt"], s["reply"]), toy.score(s["prompt"], s["reference_reply"])) for s in samples]
-    return estimate([0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored])
+    return mean_estimate([0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored], share=True)

@@ -95,7 +95,7 @@ def _quality(evaluations: Sequence[Row], limits: MonitorSection) -> Said:
     before, now = evaluations[0], evaluations[-1]
     if "eval_repetition" not in now or now["eval_loss"] >= before["eval_loss"]:
         return None
-    error = _known(now["eval_repetition_stderr"])
+    error = _known(now.get("eval_repetition_stderr"))
     loops = now["eval_repetition"] - before["eval_repetition"] > MORE_REPEATED + 2 * error
     dull = now["eval_distinct_2"] < LESS_DISTINCT * before["eval_distinct_2"]
     if not (loops or dull):
@@ -121,9 +121,9 @@ def _chosen_reward(evaluations: Sequence[Row], limits: MonitorSection) -> Said:
     )
 
 
-def _known(error: float) -> float:
-    """Standard errors of a single value are unknown; nothing is subtracted then."""
-    return 0.0 if math.isnan(error) else error
+def _known(error: float | None) -> float:
+    """The standard error of a single value is unknown; nothing is subtracted then."""
+    return 0.0 if error is None or math.isnan(error) else error
 
 
 # Name, guard, and whether it ends a run under `monitor.action: stop`. A falling chosen reward does not: it is what most

@@ -10,8 +10,9 @@ from datasets import Dataset
 from torch import Tensor, tensor
 from transformers import PreTrainedModel
 
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.generate import reply_logps
-from alignlab.measures import Estimate, dpo_loss, estimate, perplexity, rewards
+from alignlab.measures import dpo_loss, perplexity, rewards
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ def preference(policy: PairLogps, reference: PairLogps, beta: float) -> dict[str
     chosen = rewards(policy.chosen_N, reference.chosen_N, beta)
     rejected = rewards(policy.rejected_N, reference.rejected_N, beta)
     return {
-        "rewards/margins": estimate(chosen - rejected),
-        "rewards/accuracies": estimate((chosen > rejected).double()),
-        "rewards/chosen": estimate(chosen),
-        "rewards/rejected": estimate(rejected),
-        "loss": estimate(dpo_loss(chosen, rejected)),
+        "rewards/margins": mean_estimate(chosen - rejected),
+        "rewards/accuracies": mean_estimate(chosen > rejected, share=True),
+        "rewards/chosen": mean_estimate(chosen),
+        "rewards/rejected": mean_estimate(rejected),
+        "loss": mean_estimate(dpo_loss(chosen, rejected)),
     }
 
 

@@ -6,31 +6,10 @@ Shapes: B replies or pairs, T tokens of a reply, V words of the vocabulary. Log-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over n independent draws and its standard error: `0.62 ± 0.03 (n=256)`."""
-
-    mean: float
-    stderr: float
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g} ± {self.stderr:.2g} (n={self.n})"
-
-
-def estimate(values: Tensor | Sequence[float]) -> Estimate:
-    """Mean and standard error s/√n, with s² over n − 1; the error of a single value is unknown (nan)."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    stderr = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Estimate(values.mean().item(), stderr, len(values))
 
 
 def token_logps(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignlab import generate
 from alignlab.disk import append_line
+from alignlab.estimate import mean_estimate
 from alignlab.generate import Reply, batches, reply_logits, sample_replies
-from alignlab.measures import estimate, kl_per_reply
+from alignlab.measures import kl_per_reply
 from alignlab.quality import distinct, repetition
 from alignlab.run import Run
 from alignlab.store import ReferenceIdentity, read_replies, store_replies
@@ -186,17 +187,19 @@ def _facts(answer: Answer) -> dict[str, Any]:
 
 def _metrics(answers: list[Answer]) -> dict[str, float]:
     replies = [answer.reply for answer in answers]
-    tokens, repeated = estimate([len(r.ids) for r in replies]), estimate([repetition(r.ids) for r in replies])
-    metrics = {
-        "reply_tokens": tokens.mean,
-        "reply_tokens_stderr": tokens.stderr,
-        "eos_rate": sum(r.ended for r in replies) / len(replies),
-        "distinct_2": distinct([r.ids for r in replies], 2),
-        "repetition": repeated.mean,
-        "repetition_stderr": repeated.stderr,
+    estimates = {
+        "reply_tokens": mean_estimate([len(reply.ids) for reply in replies]),
+        "repetition": mean_estimate([repetition(reply.ids) for reply in replies]),
     }
-    if answers[0].kl is None:
-        return metrics
-    kl = estimate([answer.kl for answer in answers])
-    per_token = kl.mean * kl.n / sum(len(r.ids) for r in replies)
-    return {**metrics, "kl": kl.mean, "kl_stderr": kl.stderr, "kl_per_token": per_token}
+    metrics = {
+        "eos_rate": sum(reply.ended for reply in replies) / len(replies),
+        "distinct_2": distinct([reply.ids for reply in replies], 2),
+    }
+    if kls := [answer.kl for answer in answers if answer.kl is not None]:
+        estimates["kl"] = mean_estimate(kls)
+        metrics["kl_per_token"] = sum(kls) / sum(len(reply.ids) for reply in replies)
+    for name, of in estimates.items():
+        metrics[name] = of.mean
+        if of.stderr is not None:
+            metrics[f"{name}_stderr"] = of.stderr
+    return metrics

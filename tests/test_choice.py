@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from alignlab import disk
 from alignlab import run as runs
 from alignlab.errors import RecipeError, RunError
+from alignlab.estimate import Estimate
 from alignlab.recipe import consumed, write_yaml
 from alignlab.run import Run
-from alignlab.sweep.choice import Figure, Row, choose, chosen_run, collect, render
+from alignlab.sweep.choice import Row, choose, chosen_run, collect, render
 from alignlab.sweep.members import Members, find_members
 
 
@@ -79,8 +80,11 @@ def test_two_members_are_compared_over_the_same_pairs(small):
     write_run(members, 1, 0.5, scores=[2.0, 4.0, 6.0, 8.0])
     table = collect(members)
     assert "cannot be told apart" in table["why"] and "difference 0 ± 0, paired over the same 4 pairs" in table["why"]
-    assert table["members"][0]["margin"] == {"mean": 0.5, "stderr": pytest.approx(math.sqrt(1 / 15 / 4)), "n": 4}
-    assert table["members"][0]["accuracy"] == {"mean": 1.0, "stderr": 0.0, "n": 4}
+    first = table["members"][0]
+    expected = {"mean": 0.5, "stderr": pytest.approx(math.sqrt(1 / 15 / 4)), "n": 4}
+    assert {name: first["margin"][name] for name in expected} == expected
+    assert (first["accuracy"]["mean"], first["accuracy"]["stderr"], first["accuracy"]["high"]) == (1.0, 0.0, 1.0)
+    assert first["accuracy"]["low"] == pytest.approx(0.405, abs=1e-3)  # of 1 1 1 1 1 0: 5/6 − 2.571·√(1/36)
     members = find_members("small", [], "0.4,0.1")
     write_run(members, [m.beta for m in members.all].index(0.4), 1.0, scores=[1.0, 2.0, 3.0, 4.0])
     assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members)["why"]
@@ -178,11 +182,11 @@ def test_the_choice_is_inside_the_limit_beats_the_others_and_depends_on_no_order
         assert again.figures["margin"] == chosen.figures["margin"]
 
 
-def figures_of(margin: float, kl: float, beta: float) -> dict[str, Figure]:
+def figures_of(margin: float, kl: float, beta: float) -> dict[str, Estimate]:
     return {
-        "margin": Figure(margin, 0.1, 100),
-        "margin_over_beta": Figure(margin / beta, 0.1 / beta, 100),
-        "kl": Figure(kl, 0.5, 32),
+        "margin": Estimate(margin, 0.1, 100),
+        "margin_over_beta": Estimate(margin / beta, 0.1 / beta, 100),
+        "kl": Estimate(kl, 0.5, 32),
     }
 
 

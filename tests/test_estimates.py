@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignlab.estimate import mean_estimate
 from alignlab.evaluate.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
-from alignlab.intervals import mean_interval
 from alignlab.quality import distinct
 
 DRAW = np.random.default_rng(0)
@@ -33,8 +33,8 @@ def test_rows_without_a_shared_prompt_are_as_they_were():
 
 
 def test_the_same_row_twice_says_no_more_than_once():
-    once = mean_interval([1, 2, 4])
-    assert mean_interval(clustered([1, 1, 2, 2, 4, 4], "aabbcc")) == once
+    once = mean_estimate([1, 2, 4])
+    assert mean_estimate(clustered([1, 1, 2, 2, 4, 4], "aabbcc")) == once
 
 
 def test_clusters_of_different_sizes_have_the_error_of_the_bootstrap():
@@ -44,7 +44,7 @@ def test_clusters_of_different_sizes_have_the_error_of_the_bootstrap():
     values = np.repeat(DRAW.normal(size=400), sizes) + 0.3 * DRAW.normal(size=len(clusters))
     rows = [values[clusters == c] for c in range(400)]
     means = [np.concatenate([rows[c] for c in DRAW.integers(0, 400, 400)]).mean() for _ in range(1500)]
-    assert mean_interval(clustered(values, clusters)).stderr == pytest.approx(np.std(means), rel=0.08)
+    assert mean_estimate(clustered(values, clusters)).stderr == pytest.approx(np.std(means), rel=0.08)
 
 
 def test_perplexity_is_that_of_all_tokens_with_the_error_of_the_bootstrap():
@@ -54,7 +54,7 @@ def test_perplexity_is_that_of_all_tokens_with_the_error_of_the_bootstrap():
     assert values.mean() == pytest.approx(math.exp(-logps.sum() / tokens.sum()))
     draws = DRAW.integers(0, 300, (2000, 300))
     bootstrap = np.exp(-logps[draws].sum(1) / tokens[draws].sum(1))
-    assert mean_interval(values).stderr == pytest.approx(bootstrap.std(), rel=0.08)
+    assert mean_estimate(values).stderr == pytest.approx(bootstrap.std(), rel=0.08)
 
 
 def test_distinct_is_the_corpus_figure_with_the_error_of_the_jackknife():
@@ -63,7 +63,7 @@ def test_distinct_is_the_corpus_figure_with_the_error_of_the_jackknife():
     assert values.mean() == pytest.approx(distinct(replies, 2))
     without = [distinct(replies[:i] + replies[i + 1 :], 2) for i in range(40)]
     jackknife = math.sqrt(39 / 40 * np.sum((np.array(without) - np.mean(without)) ** 2))
-    assert mean_interval(values).stderr == pytest.approx(jackknife)
+    assert mean_estimate(values).stderr == pytest.approx(jackknife)
 
 
 def test_distinct_of_replies_too_short_for_it_is_one():

@@ -1,7 +1,6 @@
 """The measures, on numbers that a reader can redo by hand."""
 
 import math
-import statistics
 from itertools import product
 
 import pytest
@@ -10,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.measures import (
-    Estimate,
     dpo_loss,
-    estimate,
     kl_per_reply,
     kl_per_token,
     perplexity,
@@ -64,23 +61,6 @@ def test_perplexity_is_over_tokens_not_over_replies():
 
 def test_perplexity_of_even_guessing_is_the_size_of_the_vocabulary():
     assert perplexity(torch.tensor([-5 * math.log(7)]), torch.tensor([5])) == pytest.approx(7)
-
-
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
-def test_estimate_is_the_mean_and_its_standard_error(values):
-    found = estimate(values)
-    assert found.n == len(values)
-    assert found.mean == pytest.approx(statistics.mean(values), abs=1e-9)
-    assert found.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)), abs=1e-9)
-
-
-def test_the_error_of_one_value_is_unknown():
-    found = estimate([0.5])
-    assert (found.mean, found.n) == (0.5, 1) and math.isnan(found.stderr)
-
-
-def test_an_estimate_reads_with_its_error_and_n():
-    assert str(Estimate(0.6231, 0.0312, 256)) == "0.623 ± 0.031 (n=256)"
 
 
 @given(logits)

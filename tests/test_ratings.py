@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from alignlab.evaluate.ratings import rate
-from alignlab.evaluate.winrate import share_interval
+from alignlab.evaluate.winrate import share_estimate
 
 ELO = 400 / math.log(10)
 
@@ -56,7 +56,7 @@ def test_a_model_that_wins_all_has_a_finite_rating_and_an_interval():
 
 def test_the_interval_of_two_models_agrees_with_the_win_rates():
     outcomes = [1.0] * 50 + [0.5] * 40 + [0.0] * 10
-    found, share = rate({("a", "b"): outcomes}, "b")["a"], share_interval(outcomes)
+    found, share = rate({("a", "b"): outcomes}, "b")["a"], share_estimate(outcomes)
     expected = [1000 + ELO * math.log(p / (1 - p)) for p in (share.low, share.high)]
     assert [found.low, found.high] == pytest.approx(expected, abs=12)
 

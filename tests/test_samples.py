@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from alignlab import samples as sampling
+from alignlab.estimate import mean_estimate
 from alignlab.generate import reply_logits, sample_replies
-from alignlab.measures import estimate, kl_per_reply, token_logps
+from alignlab.measures import kl_per_reply, token_logps
 from alignlab.run import Run
 from alignlab.samples import HeldOutPrompts, Samples
 from alignlab.store import ReferenceIdentity, clear_store, list_store
@@ -316,7 +317,7 @@ def test_sampled_kl_is_the_enumerated_kl_within_one_percent(drawn):
 def test_the_standard_error_covers_as_it_says(drawn):
     """Of 1,000 estimates from 64 replies, 95 % ± 2 are within Student's 1.998 standard errors of the enumerated KL."""
     exact, kl, _ = drawn
-    found = [estimate(row) for row in kl]
+    found = [mean_estimate(row) for row in kl]
     covered = sum(abs(e.mean - exact) <= 1.998 * e.stderr for e in found) / len(found)
     print(f"\ncoverage {covered:.3f} of {len(found)}")
     assert 0.93 <= covered <= 0.97
@@ -324,6 +325,8 @@ def test_the_standard_error_covers_as_it_says(drawn):
 
 def test_the_standard_error_is_at_most_six_tenths_of_the_log_ratios(drawn):
     _, kl, log_ratio = drawn
-    share = statistics.median(estimate(a).stderr / estimate(b).stderr for a, b in zip(kl, log_ratio, strict=True))
+    share = statistics.median(
+        mean_estimate(a).stderr / mean_estimate(b).stderr for a, b in zip(kl, log_ratio, strict=True)
+    )
     print(f"\nstandard error {share:.2f} of the plain log-ratio estimator's")
     assert share <= 0.6

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 from scipy.special import expit, logit
 
+from alignlab.estimate import share_estimate
 from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
-from alignlab.intervals import mean_interval, share_interval
 
 WIN_RATES, TIE_RATES = (0.5, 0.7), (0, 0.2, 0.4)
 
@@ -28,78 +28,6 @@ def trinomials(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def outcomes_of(wins: int, ties: int, losses: int) -> list[float]:
     return [1.0] * wins + [0.5] * ties + [0.0] * losses
-
-
-# Intervals
-
-
-def test_mean_interval_is_scipys_t_interval():
-    values = np.random.default_rng(0).normal(3, 2, 17)
-    found = mean_interval(values)
-    low, high = stats.t.interval(0.95, 16, values.mean(), stats.sem(values))
-    assert (found.low, found.high, found.stderr) == pytest.approx((low, high, stats.sem(values)))
-
-
-def test_a_single_value_has_no_interval():
-    found = mean_interval([2.0])
-    assert (found.mean, found.n, found.stderr, found.low, found.high) == (2.0, 1, None, None, None)
-    assert str(found) == "2 (n=1)"
-
-
-def test_share_interval_by_hand():
-    """Two wins, one loss; with one of each added 1 1 1 0 0: mean 0.6, s² = 5·0.6·0.4/4 = 0.3, s/√5 = 0.245."""
-    found = share_interval([1, 1, 0])
-    t = stats.t.ppf(0.975, 4)
-    assert found.mean == pytest.approx(2 / 3) and found.n == 3
-    assert found.stderr == pytest.approx(math.sqrt(0.3 / 5))
-    assert (found.low, found.high) == (max(0.6 - t * math.sqrt(0.06), 0), 1)
-
-
-@pytest.mark.parametrize("n", [100, 400])
-@pytest.mark.parametrize("truth", [*WIN_RATES, 0.9])
-@pytest.mark.parametrize("tie_rate", TIE_RATES)
-def test_share_interval_covers_exactly(n, truth, tie_rate):
-    """The probability of every trinomial sample whose interval holds the truth, summed: no simulation noise."""
-    win_rate = truth - tie_rate / 2
-    loss_rate = 1 - win_rate - tie_rate
-    if loss_rate < 0:
-        pytest.skip("no such win rate with so many ties")
-    wins, ties, losses = trinomials(n)
-    mean = (wins + 1 + ties / 2) / (n + 2)
-    variance = ((wins + 1 + ties / 4) / (n + 2) - mean**2) / (n + 1)
-    half = stats.t.ppf(0.975, n + 1) * np.sqrt(variance)
-    for at in np.random.default_rng(0).integers(0, len(wins), 20):  # the closed form is the function
-        found = share_interval(outcomes_of(wins[at], ties[at], losses[at]))
-        assert (found.low, found.high) == pytest.approx((max(mean[at] - half[at], 0), min(mean[at] + half[at], 1)))
-    chance = stats.multinomial.pmf(np.stack([wins, ties, losses], -1), n, [win_rate, tie_rate, loss_rate])
-    covered = chance[(mean - half <= truth) & (truth <= mean + half)].sum()
-    assert covered == pytest.approx(0.95, abs=0.01)
-
-
-@pytest.mark.parametrize("n", [100, 400])
-@pytest.mark.parametrize("truth", WIN_RATES)
-@pytest.mark.parametrize("tie_rate", TIE_RATES)
-def test_share_interval_covers_in_simulation(n, truth, tie_rate):
-    draws = np.random.default_rng(0)
-    chances = [truth - tie_rate / 2, tie_rate, 1 - truth - tie_rate / 2]
-    held = [holds(share_interval(draws.choice([1, 0.5, 0], n, p=chances)), truth) for _ in range(2000)]
-    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
-
-
-@pytest.mark.parametrize("n", [1, 2, 5, 20, 100])
-@pytest.mark.parametrize("outcome", [0.0, 0.5, 1.0])
-def test_equal_outcomes_never_claim_certainty(n, outcome):
-    found = share_interval([outcome] * n)
-    assert found.mean == outcome and holds(found, outcome)
-    assert found.high - found.low > 1 / (n + 2) and found.stderr > 0
-    if outcome == 1 and n > 1:  # near the exact bound, 0.05 to 0.025 in the tail
-        assert stats.beta.ppf(0.01, n, 1) <= found.low + 0.2 / n and found.low <= stats.beta.ppf(0.1, n, 1)
-
-
-def test_swapping_the_models_mirrors_the_interval():
-    outcomes = [1, 1, 0.5, 0, 1, 0.5]
-    one, other = share_interval(outcomes), share_interval([1 - y for y in outcomes])
-    assert (one.mean, one.low, one.high) == pytest.approx((1 - other.mean, 1 - other.high, 1 - other.low))
 
 
 # Sign test
@@ -160,7 +88,7 @@ def test_a_judge_of_length_alone_is_a_tie_at_equal_length(shift):
 
 def test_without_a_difference_in_length_control_changes_nothing():
     outcomes = [1, 1, 0, 0.5]
-    assert length_controlled(outcomes, [0, 0, 0, 0]) == share_interval(outcomes)
+    assert length_controlled(outcomes, [0, 0, 0, 0]) == share_estimate(outcomes)
 
 
 def test_a_constant_difference_in_length_cannot_be_controlled_for():

@@ -12,7 +12,7 @@ from alignlab.data.pairing import CUT
 from alignlab.doctor.finding import SHOWN, Finding, Shown, few
 from alignlab.doctor.scan import scan
 from alignlab.doctor.texts import AT_LINE_START, COLUMNS, REPLIES, Sign, Span, excerpt, refuses, signs
-from alignlab.intervals import share_interval
+from alignlab.estimate import share_estimate
 from alignlab.refusals import ERRORS
 
 ONE_SIDED = 0.6  # ours: where the share of pairs won by refusing, or by not refusing, lies above it, it is a shortcut
@@ -127,9 +127,9 @@ _REFUSAL_ADVICE = {
 def _refusal(name: str, count: int, others: int, pairs: int, shown: Mapping[str, Sequence[Shown]]) -> Finding:
     says, level = _REFUSAL_SAYS[name].format(pairs=_counted(count, "pair", "pairs")), "note"
     if both := count + others:
-        share = share_interval([1.0] * count + [0.0] * others)
+        share = share_estimate([1.0] * count + [0.0] * others)
         level = "doubtful" if share.low > ONE_SIDED else "note"
-        says += f", a share of {share} of those in which just one refuses"
+        says += f", a share of {share.in_words()} of those in which just one refuses"
         assert share.n == both
     says += f" (by phrases, which miss {ERRORS['missed']} of {ERRORS['refusals']} labelled refusals)."
     return Finding(

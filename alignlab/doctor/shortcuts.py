@@ -18,7 +18,7 @@ from alignlab.data.splits import SPLITS
 from alignlab.doctor.finding import SHOWN, Finding, Level, Shown
 from alignlab.doctor.scan import scan
 from alignlab.doctor.texts import find_cut, refuses
-from alignlab.intervals import Interval, share_interval
+from alignlab.estimate import Estimate, share_estimate
 
 SHORTCUT = 0.6  # ours: just above 'the longer wins' on HH-RLHF's helpful-base (0.60), as common a bias as there is
 READ_CHARACTERS = 100_000  # of a text in which words and signs are counted
@@ -108,8 +108,8 @@ class Shortcuts:
     # of each feature: name, accuracy of 'the larger wins' on training pairs with low and high of its 95 % interval
     # (none where all tie), n pairs in which it differs, and ties
     features: Sequence[Mapping[str, Any]]
-    model: Interval  # accuracy on held-out pairs of the logistic model of all features; a tie counts ½
-    longest: Interval  # accuracy on the same pairs of 'the reply with more characters wins'
+    model: Estimate  # accuracy on held-out pairs of the logistic model of all features; a tie counts ½
+    longest: Estimate  # accuracy on the same pairs of 'the reply with more characters wins'
     weights: Mapping[str, float]  # of the model: logits per standard deviation of a feature's difference
 
 
@@ -134,13 +134,13 @@ def feature(name: str, differences: np.ndarray) -> dict[str, Any]:
     facts = {"name": name, "n": len(differ), "ties": len(differences) - len(differ)}
     if not len(differ):
         return {**facts, "accuracy": None, "low": None, "high": None}
-    share = share_interval(differ > 0)
+    share = share_estimate(differ > 0)
     return {**facts, "accuracy": share.mean, "low": share.low, "high": share.high}
 
 
-def accuracy(scores: np.ndarray) -> Interval:
+def accuracy(scores: np.ndarray) -> Estimate:
     """How often a score of chosen minus rejected is above zero; zero itself counts ½, as a coin would."""
-    return share_interval((scores > 0) + 0.5 * (scores == 0))
+    return share_estimate((scores > 0) + 0.5 * (scores == 0))
 
 
 def fit(X: np.ndarray) -> np.ndarray:
@@ -172,12 +172,12 @@ def _length_bias(prepared: Prepared) -> Finding:
         return Finding(
             name="length-bias", level="note", says="No pair has replies of different length.", count=0, of=len(every)
         )
-    share = share_interval(differ > 0)
+    share = share_estimate(differ > 0)
     return Finding(
         name="length-bias",
         level=_level(share),
-        says=f"The longer reply, in tokens, is the chosen one in a share of {share} of the pairs whose replies differ"
-        f" in length; {len(every) - len(differ):,} do not.",
+        says=f"The longer reply, in tokens, is the chosen one in a share of {share.in_words()} of the pairs whose"
+        f" replies differ in length; {len(every) - len(differ):,} do not.",
         count=int((differ > 0).sum()),
         of=len(differ),
         shown=_longest_ahead(prepared, longer_by["train"]),
@@ -198,14 +198,14 @@ def _longest_ahead(prepared: Prepared, longer_by: np.ndarray) -> list[Shown]:
 
 
 def _shallow(
-    prepared: Prepared, held_out: np.ndarray, weights: np.ndarray, model: Interval, longest: Interval
+    prepared: Prepared, held_out: np.ndarray, weights: np.ndarray, model: Estimate, longest: Estimate
 ) -> Finding:
     return Finding(
         name="shallow-features",
         level="doubtful" if model.low > SHORTCUT else "note",
         says=f"A logistic model of {len(NAMES)} simple features, such as length, list items and apologies, which reads"
-        f" nothing, tells the chosen reply of a held-out pair with accuracy {model}; choosing the longer one, in"
-        f" characters, has {longest.mean:.3g}, and a coin 0.5.",
+        f" nothing, tells the chosen reply of a held-out pair with accuracy {model.in_words()}; choosing the longer"
+        f" one, in characters, has {longest.mean:.3g}, and a coin 0.5.",
         count=int((held_out @ weights > 0).sum()),
         of=model.n,
         shown=_surest(prepared, held_out, weights),
@@ -232,6 +232,6 @@ def _written(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:.2f}"
 
 
-def _level(share: Interval) -> Level:
+def _level(share: Estimate) -> Level:
     """Doubtful where the larger, or the smaller, wins so often that a policy can live on it."""
     return "doubtful" if share.low > SHORTCUT or share.high < 1 - SHORTCUT else "note"

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.intervals import Interval, mean_interval, share_interval
+from alignlab.estimate import Estimate, mean_estimate, share_estimate
 from alignlab.quality import grams
 
 Values = np.ndarray  # one a prompt
@@ -63,11 +63,11 @@ def distinct_values(replies: Sequence[Sequence[int]], n: int) -> Values:
     return values - values.mean() + share
 
 
-def interval(values: Sequence[float], share: bool = False) -> Interval:
-    return share_interval(values) if share else mean_interval(values)
+def interval(values: Sequence[float], share: bool = False) -> Estimate:
+    return share_estimate(values) if share else mean_estimate(values)
 
 
-def as_json(found: Interval | None) -> dict[str, Any] | None:
+def as_json(found: Estimate | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
@@ -85,7 +85,7 @@ def table_row(
     """A row of the table: the figure of each model, and the paired change from the model `against`."""
     known = {name: np.asarray(its, dtype=float) for name, its in values.items() if its is not None and len(its)}
     change = {
-        name: as_json(mean_interval(its - known[against])) if against in known else None
+        name: as_json(mean_estimate(its - known[against])) if against in known else None
         for name, its in known.items()
         if name != against
     }

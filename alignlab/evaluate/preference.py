@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from alignlab.estimate import Estimate
 from alignlab.evaluate.estimates import Values, as_json, clustered, interval, table_row
 from alignlab.evaluate.winrate import length_controlled
-from alignlab.intervals import Interval
 
 GROUP = "held-out preference"
 
@@ -76,7 +76,7 @@ def preference_rows(pairs: Pairs, rewards: Mapping[str, Rewards], against: str) 
     return [*rows, _equal_length_row(fair)]
 
 
-def _equal_length_row(fair: Mapping[str, Interval | None]) -> dict[str, Any]:
+def _equal_length_row(fair: Mapping[str, Estimate | None]) -> dict[str, Any]:
     heading = {"group": GROUP, "measure": "accuracy at equal length", "unit": "share", "better": "higher"}
     note = "logistic fit on the difference in tokens, read at zero; n counts pairs"
     values = {name: as_json(its) for name, its in fair.items() if its}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alignlab.intervals import LEVEL, Interval
+from alignlab.estimate import LEVEL, Estimate
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ ELO = 400 / np.log(10)  # 400 points more are odds of 10 to 1
 Outcomes = Mapping[tuple[str, str], Sequence[float | None]]
 
 
-def rate(outcomes: Outcomes, anchor: str, *, seed: int = 0, resamples: int = 1000) -> dict[str, Interval]:
+def rate(outcomes: Outcomes, anchor: str, *, seed: int = 0, resamples: int = 1000) -> dict[str, Estimate]:
     """Each model's rating, 1000 being the anchor's by definition, with a percentile bootstrap over prompts.
 
     `outcomes` holds for each pair of models (a, b) what came of each prompt, the same prompts in the same order for
@@ -46,7 +46,7 @@ def rate(outcomes: Outcomes, anchor: str, *, seed: int = 0, resamples: int = 100
     n = int((~np.isnan(table)).any(0).sum())
     points = _elo(table, pairs, models, anchor)
     return {
-        name: Interval(float(points[i]), float(found.standard_error[i]), n, float(low[i]), float(high[i]))
+        name: Estimate(float(points[i]), float(found.standard_error[i]), n, float(low[i]), float(high[i]))
         for i, name in enumerate(models)
     }
 

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignlab.intervals import LEVEL, Interval, share_interval
+from alignlab.estimate import LEVEL, Estimate, share_estimate
 
 
 @dataclass(frozen=True)
 class WinRate:
     """The win rate of model a over model b."""
 
-    raw: Interval
-    length_controlled: Interval | None  # none where all replies differ in length by the same amount
+    raw: Estimate
+    length_controlled: Estimate | None  # none where all replies differ in length by the same amount
     wins: int
     ties: int
     losses: int
@@ -30,7 +30,7 @@ def win_rate(outcomes: Sequence[float], lengths_a: Sequence[float], lengths_b: S
     """Everything two models' outcomes and reply lengths (tokens or characters) say; at least one outcome."""
     wins, losses = sum(y > 0.5 for y in outcomes), sum(y < 0.5 for y in outcomes)
     return WinRate(
-        share_interval(outcomes),
+        share_estimate(outcomes),
         length_controlled(outcomes, np.subtract(lengths_a, lengths_b)),
         wins,
         len(outcomes) - wins - losses,
@@ -46,7 +46,7 @@ def sign_test(wins: int, losses: int) -> float:
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def length_controlled(outcomes: Sequence[float], longer_by: Sequence[float]) -> Interval | None:
+def length_controlled(outcomes: Sequence[float], longer_by: Sequence[float]) -> Estimate | None:
     """The win rate at equal length: σ(α) of P(a wins) = σ(α + β tanh(d / sd(d))), where d is how much longer a is.
 
     Fitted with Firth's penalty ½ log det(information) (Biometrika 80, 1993), so that a judge who always prefers the
@@ -60,18 +60,18 @@ def length_controlled(outcomes: Sequence[float], longer_by: Sequence[float]) -> 
     """
     y, d = np.asarray(outcomes, dtype=float), np.asarray(longer_by, dtype=float)
     if (d == d[0]).all():
-        return share_interval(outcomes) if d[0] == 0 else None
+        return share_estimate(outcomes) if d[0] == 0 else None
     X = np.column_stack([np.ones_like(d), np.tanh(d / d.std())])
     coefficients = _fit_firth(X, y)
     return _at_equal_length(coefficients[0], np.sqrt(_robust_covariance(X, y, coefficients)[0, 0]), len(y))
 
 
-def _at_equal_length(logit: float, stderr: float, n: int) -> Interval:
+def _at_equal_length(logit: float, stderr: float, n: int) -> Estimate:
     from scipy.special import expit, ndtri
 
     half = ndtri((1 + LEVEL) / 2) * stderr
     mean, low, high = (float(expit(x)) for x in (logit, logit - half, logit + half))
-    return Interval(mean, mean * (1 - mean) * float(stderr), n, low, high)
+    return Estimate(mean, mean * (1 - mean) * float(stderr), n, low, high)
 
 
 def _fit_firth(X: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignlab.errors import RunError
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.format import Format
 from alignlab.generate import batches, reply_logits
-from alignlab.measures import Estimate, estimate, token_logps
+from alignlab.measures import token_logps
 from alignlab.report.replies import last_samples
 from alignlab.run import Run
 
@@ -100,8 +101,8 @@ def compare(run: Sequence[Tensor], exported: Sequence[Tensor], split: str, cause
     return Difference(
         split=split,
         cause=cause,
-        shift=estimate(replies),
-        reply=estimate(replies.abs()),
+        shift=mean_estimate(replies),
+        reply=mean_estimate(replies.abs()),
         reply_most=replies.abs().max().item(),
         token=_mean_per_token([row.abs() for row in apart]),
         token_most=tokens.abs().max().item(),
@@ -113,5 +114,5 @@ def _mean_per_token(rows: Sequence[Tensor]) -> Estimate:
     """The mean over all tokens, with the standard error of a ratio of two sums over independent replies."""
     sums, lengths = torch.stack([row.sum() for row in rows]), torch.tensor([float(len(row)) for row in rows])
     mean = sums.sum() / lengths.sum()
-    error = estimate((sums - mean * lengths) / lengths.mean()).stderr
+    error = mean_estimate((sums - mean * lengths) / lengths.mean()).stderr
     return Estimate(mean.item(), error, len(rows))

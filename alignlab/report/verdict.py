@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
+from alignlab.estimate import Estimate
 from alignlab.report.curves import is_number
 
 CHANCE = 0.5
@@ -26,48 +28,12 @@ GUARDS = {
 def with_interval(estimate: Mapping[str, Any] | None, share: bool = False) -> dict[str, Any] | None:
     """The estimate with the edges of its 95 % interval, `low` and `high`; those it brings are kept.
 
-    Student's t over n − 1 degrees of freedom. Of a share, the same for its draws and two more, one 0 and one 1, so that
-    20 wins of 20 are no certainty (the "plus two" rule, Bonett and Price 2012). Where the error is not known, both
-    edges are None.
+    Where the error is not known, both edges are None.
     """
     if not estimate or not is_number(estimate.get("mean")):
         return None
-    mean, stderr, n = estimate["mean"], estimate.get("stderr"), estimate.get("n")
-    known = {"mean": mean, "stderr": stderr if is_number(stderr) else None, "n": n}
-    if is_number(estimate.get("low")) and is_number(estimate.get("high")):
-        return {**known, "low": estimate["low"], "high": estimate["high"]}
-    if not is_number(stderr) or (n is not None and n < 2):
-        return {**known, "low": None, "high": None}
-    if share and n:
-        centre, error = _plus_two(mean, stderr, n)
-        reach = quantile(n + 2) * error
-        return {**known, "low": max(centre - reach, 0.0), "high": min(centre + reach, 1.0)}
-    reach = quantile(n) * stderr
-    return {**known, "low": mean - reach, "high": mean + reach}
-
-
-def _plus_two(mean: float, stderr: float, n: int) -> tuple[float, float]:
-    """Mean and standard error of n draws and, added to them, one 0 and one 1."""
-    total, squares = n * mean + 1, (n - 1) * n * stderr**2 + n * mean**2 + 1
-    centre = total / (n + 2)
-    return centre, math.sqrt(max(0.0, squares - (n + 2) * centre**2) / (n + 1) / (n + 2))
-
-
-def quantile(n: int | None) -> float:
-    """The 97.5 % point of Student's t with n − 1 degrees of freedom; the normal one where n is unknown.
-
-    Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5) from four degrees on, the table below.
-    """
-    z = 1.959964
-    if n is None:
-        return z
-    df = n - 1
-    if df < 4:
-        return {1: 12.706, 2: 4.303, 3: 3.182}[df]
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + g1 / df + g2 / df**2 + g3 / df**3
+    known = {field.name: value for field in fields(Estimate) if is_number(value := estimate.get(field.name))}
+    return asdict(Estimate(**known).with_interval(share))
 
 
 def percent(value: float) -> str:
@@ -238,8 +204,8 @@ def _leader(known: Mapping[str, Mapping[str, Any]], called: str) -> str:
     figures = f"{percent(a['mean'])} (n={a['n']}) against {percent(b['mean'])} (n={b['n']}) of {second}"
     if a["stderr"] is None or b["stderr"] is None or not (a["stderr"] or b["stderr"]):
         return f"{first} has the highest {called}, {figures}, but how sure that is cannot be said"
-    difference, reach = a["mean"] - b["mean"], quantile(None) * math.hypot(a["stderr"], b["stderr"])
-    if difference > reach:
+    difference = Estimate(a["mean"] - b["mean"], math.hypot(a["stderr"], b["stderr"])).with_interval()
+    if difference.low > 0:
         return f"{first} has the highest {called}, {figures}"
     return f"{first} and {second} cannot be told apart: {called} {figures}"
 

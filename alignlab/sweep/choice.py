@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from alignlab.disk import read_lines, write_json
 from alignlab.errors import RunError
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.recipe import consumed
 from alignlab.report.curves import is_number
 from alignlab.report.reading import read_run, read_sweep
@@ -32,18 +32,6 @@ FIGURES = ("margin", "margin_over_beta", "accuracy", "kl", "win_rate")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A mean over n draws and its standard error, None where it is not known."""
-
-    mean: float
-    stderr: float | None
-    n: int | None
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3g}" + (f" ± {self.stderr:.2g}" if self.stderr is not None else "")
-
-
-@dataclass(frozen=True)
 class Row:
     """A member and what its run says of itself."""
 
@@ -51,7 +39,7 @@ class Row:
     path: Path
     status: str = "missing"
     error: str | None = None
-    figures: Mapping[str, Figure | None] | None = None
+    figures: Mapping[str, Estimate | None] | None = None
     margins: Sequence[float] = ()  # of each validation pair, where the run has kept them
     perplexity_change: float | None = None
     facts: Mapping[str, Any] | None = None  # of the run, as a report has them
@@ -148,14 +136,18 @@ def _figures(path: Path, facts: Mapping[str, Any], beta: float) -> dict[str, Any
     pairs = (facts["data"].get("kept") or {}).get(SPLIT)
     logratios = _logratios(path)
     margins = [beta * (chosen - rejected) for chosen, rejected in logratios]
-    margin = _mean(margins) if margins else _logged(kept, "rewards/margins", pairs)
+    if logratios:
+        margin = mean_estimate(margins)
+        accuracy = mean_estimate([chosen > rejected for chosen, rejected in logratios], share=True)
+    else:
+        margin = _logged(kept, "rewards/margins", pairs)
+        accuracy = _logged(kept, "rewards/accuracies", pairs, share=True)
+    over_beta = Estimate(margin.mean / beta, margin.stderr and margin.stderr / beta, margin.n)
     return {
         "figures": {
             "margin": margin,
-            "margin_over_beta": Figure(margin.mean / beta, margin.stderr and margin.stderr / beta, margin.n),
-            "accuracy": _mean([float(chosen > rejected) for chosen, rejected in logratios])
-            if logratios
-            else _logged(kept, "rewards/accuracies", pairs),
+            "margin_over_beta": over_beta.with_interval(),
+            "accuracy": accuracy,
             "kl": _logged(kept, "kl", _replies(path, kept["step"])),
             "win_rate": _win_rate(facts["win_rate"]),
         },
@@ -180,18 +172,17 @@ def _lines(file: Path) -> list[dict[str, Any]]:
         raise RunError(f"{file} cannot be read ({e}); copy it again from where the run was made") from None
 
 
-def _logged(row: Mapping[str, float], name: str, n: int | None) -> Figure:
+def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = False) -> Estimate:
     stderr = row.get(f"eval/{name}_stderr")
-    return Figure(row[f"eval/{name}"], stderr if is_number(stderr) else None, n)
+    return Estimate(row[f"eval/{name}"], stderr if is_number(stderr) else None, n).with_interval(share)
 
 
-def _mean(values: Sequence[float]) -> Figure:
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Figure(statistics.fmean(values), stderr, len(values))
+def _win_rate(found: Mapping[str, Any] | None) -> Estimate | None:
+    return _estimate(found) if found else None
 
 
-def _win_rate(found: Mapping[str, Any] | None) -> Figure | None:
-    return Figure(found["mean"], found["stderr"], found["n"]) if found else None
+def _estimate(found: Mapping[str, Any]) -> Estimate:
+    return Estimate(**{field.name: found.get(field.name) for field in fields(Estimate)})
 
 
 # --- the rule ---
@@ -206,11 +197,11 @@ def choose(rows: Sequence[Row], max_kl: float) -> tuple[Row | None, str]:
     if not inside:
         nearest = min(finished, key=lambda row: row.figures["kl"].mean)
         return None, (
-            f"no member has a KL below {max_kl:g}: the lowest is {nearest.figures['kl']} of {nearest.name}; "
-            f"try larger betas or a smaller dpo.learning_rate, or raise sweep.max_kl"
+            f"no member has a KL below {max_kl:g}: the lowest is {nearest.figures['kl'].plus_minus()} of "
+            f"{nearest.name}; try larger betas or a smaller dpo.learning_rate, or raise sweep.max_kl"
         )
     best = inside[0]
-    said = [f"largest margin, {best.figures['margin']}, of {_count(len(inside))} with KL below {max_kl:g}"]
+    said = [f"largest margin, {best.figures['margin'].plus_minus()}, of {_count(len(inside))} with KL below {max_kl:g}"]
     said += [_against(best, inside[1])] if len(inside) > 1 else []
     return best, "; ".join([*said, *_near_the_limit(best, max_kl), *_scales(inside)])
 
@@ -226,30 +217,30 @@ def _count(members: int) -> str:
 def _against(best: Row, second: Row) -> str:
     """Whether the best two can be told apart: by two standard errors of their difference."""
     difference, how = _difference(best, second)
-    name = f"{second.name} ({second.figures['margin']})"
+    name = f"{second.name} ({second.figures['margin'].plus_minus()})"
     if difference.stderr is None:
         return f"whether it can be told from {name} is not known, as their standard errors were not recorded"
-    said = f"difference {difference}, {how}"
+    said = f"difference {difference.plus_minus()}, {how}"
     if abs(difference.mean) > 2 * difference.stderr:
         return f"told apart from {name}: {said}"
     lower = min(best, second, key=lambda row: row.figures["kl"].mean)
     return f"cannot be told apart from {name} at this n: {said}; of the two {lower.name} has the lower KL"
 
 
-def _difference(one: Row, other: Row) -> tuple[Figure, str]:
+def _difference(one: Row, other: Row) -> tuple[Estimate, str]:
     """The difference of two margins; over the same pairs where both runs have kept theirs."""
     if len(one.margins) == len(other.margins) > 1 and _fingerprint(one) == _fingerprint(other):
         differences = [a - b for a, b in zip(one.margins, other.margins, strict=True)]
-        return _mean(differences), f"paired over the same {len(differences)} pairs"
+        return mean_estimate(differences), f"paired over the same {len(differences)} pairs"
     a, b = one.figures["margin"], other.figures["margin"]
     stderr = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else None
-    return Figure(a.mean - b.mean, stderr, None), "as of independent estimates"
+    return Estimate(a.mean - b.mean, stderr), "as of independent estimates"
 
 
 def _near_the_limit(best: Row, max_kl: float) -> list[str]:
     kl = best.figures["kl"]
     near = kl.stderr is not None and kl.mean + 2 * kl.stderr >= max_kl
-    return [f"its KL of {kl} is within two standard errors of the limit"] if near else []
+    return [f"its KL of {kl.plus_minus()} is within two standard errors of the limit"] if near else []
 
 
 def _scales(inside: Sequence[Row]) -> list[str]:
@@ -325,12 +316,12 @@ def _cells(member: Mapping[str, Any], choice: str | None) -> list[str]:
     name = ["*" if member["run"] == choice else "", member["run"]]
     if not member["margin"]:
         return [*name, member["status"] + (f": {member['error']}" if member["error"] else "")]
-    figures = [str(Figure(**member[key])) if member[key] else "–" for key in FIGURES]
+    figures = [_estimate(member[key]).plus_minus() if member[key] else "–" for key in FIGURES]
     return [*name, *figures, f"{member['perplexity_change']:+.1%}"]
 
 
 def _on_test(table: Mapping[str, Any]) -> list[str]:
     """The chosen member's figures on pairs that chose nothing."""
     known = {name: of for name, of in (table["test"] or {}).items() if of}
-    said = [f"{name} {Figure(of['mean'], of['stderr'], of['n'])} (n={of['n']})" for name, of in known.items()]
+    said = [f"{name} {_estimate(of)}" for name, of in known.items()]
     return [f"its test split, which chose nothing: {', '.join(said)}"] if said else []
