@@ -85,7 +85,8 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report import find_runs, runs_folder, write_report
+    from alignlab.report.find import find_runs, runs_folder
+    from alignlab.report.page import write_report
 
     paths = [] if args.best else find_runs(args.recipe, args.run)
     if args.best:
@@ -93,32 +94,52 @@ def _report(args: argparse.Namespace) -> None:
 
         paths = [chosen_run(runs_folder(args.recipe))]
     for path in paths:
-        print(write_report(path))
+        print(write_report(path, Path(args.figures) if args.figures else None))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from alignlab.report import last_run, write_comparison
+    from alignlab.text import check_table, write_table
 
-    print(write_comparison([last_run(run) for run in args.runs], Path(args.out) if args.out else None))
+    check_table(args.table)
+    from alignlab.report.find import runs_to_compare
+    from alignlab.report.page import page_of_runs, write_comparison
+
+    paths = runs_to_compare(args.runs)
+    out, figures = (Path(name) if name else None for name in (args.out, args.figures))
+    if args.table:
+        page = page_of_runs(paths)
+        write_table(Path(args.table), page.rows, page.columns)
+        print(args.table)
+    print(write_comparison(paths, out, figures))
 
 
 def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
-    from alignlab.evaluate import Wishes, evaluate
+    from alignlab.text import check_table, write_table
+
+    check_table(args.table)
+    from alignlab.evaluate.evaluator import Options, evaluate
     from alignlab.evaluate.scoreboard import show
-    from alignlab.report import report_line
+    from alignlab.facts.evaluation import read_evaluation
+    from alignlab.lineup import folder_of
+    from alignlab.report.page import report_line
 
     paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
-    wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
-    file = evaluate(runs, wishes)
-    print(show(json.loads(file.read_text(encoding="utf-8")), file))
-    if (file.parent / "manifest.json").is_file():
-        print(report_line(file.parent))
+    targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
+    options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
+    file = evaluate(runs, options)
+    found = read_evaluation(file)
+    print(show(found, file))
+    if args.table:
+        write_table(Path(args.table), found.table, found.names)
+        print(args.table)
+    if (folder_of(runs) / "manifest.json").is_file():
+        print(report_line(folder_of(runs)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -179,7 +200,7 @@ def _train(args: argparse.Namespace) -> int | None:
     stage = train.train_sft if args.command == "sft" else train.train_dpo
     run = stage(recipe, name=args.run, force=args.force)
     if _is_main_process():
-        from alignlab.report import report_line
+        from alignlab.report.page import report_line
 
         print(summarize(run))
         print(report_line(run.path))
@@ -187,6 +208,10 @@ def _train(args: argparse.Namespace) -> int | None:
 
 
 def _sweep(args: argparse.Namespace) -> int | None:
+    from alignlab.text import check_table, write_table
+
+    check_table(args.table)
+    from alignlab.facts.sweep import sweep_rows
     from alignlab.sweep.choice import collect, render
     from alignlab.sweep.members import commands, find_members
 
@@ -203,7 +228,10 @@ def _sweep(args: argparse.Namespace) -> int | None:
             return share(members)
         table = run_members(members)
     print(render(table, members.folder))
-    return 2 if any(member["status"] == "failed" for member in table["members"]) else None
+    if args.table:
+        write_table(Path(args.table), sweep_rows(table), [member.label for member in table.settings if member.margin])
+        print(args.table)
+    return 2 if any(member.status == "failed" for member in table.members) else None
 
 
 def _launch(args: argparse.Namespace, recipe) -> int:

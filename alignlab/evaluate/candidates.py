@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from alignlab import model as models
 from alignlab.disk import digest
 from alignlab.errors import RunError
+from alignlab.facts.evaluation import ModelFacts
 from alignlab.lineup import names_of
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.run import Run
@@ -73,7 +74,7 @@ def line_up(runs: Sequence[Run]) -> Lineup:
 
 
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:
-    last = _of_run(run, run.manifest["stage"], hashes)
+    last = _of_run(run, run.manifest.stage, hashes)
     base = _candidate("base", last.recipe, last.recipe.model.name, None, run, hashes)
     if not last.reference:
         return [base, last]
@@ -87,7 +88,7 @@ def _of_run(run: Run, name: str, hashes: dict[str, Any]) -> Candidate:
     _refuse_other_base(run, recipe, hashes)
     own = str(run.model)
     lora = recipe.model.lora is not None
-    if run.manifest["stage"] == "sft":
+    if run.manifest.stage == "sft":
         return _candidate(name, recipe, *((recipe.model.name, own) if lora else (own, None)), run, hashes)
     start = _start(run, recipe)
     against = _reference(run, recipe, start, hashes)
@@ -100,13 +101,13 @@ def _start(run: Run, recipe: Recipe) -> models.Start:
 
 def _parent(run: Run) -> Path | None:
     """The model folder of the SFT run that a DPO run started from; none where it started from `model.start`."""
-    parent = run.manifest.get("parent") or {}
-    if "run" not in parent:
+    parent = run.manifest.parent
+    if not parent or not parent.run:
         return None
-    named = Path(parent["run"])
+    named = Path(parent.run)
     for folder in (run.path.parent / named.name, named):
         if (folder / "model").is_dir():
-            if models.weights_hash(folder / "model") != parent["weights"]:
+            if models.weights_hash(folder / "model") != parent.weights:
                 raise RunError(
                     f"{folder} is not what {run.path} was trained from: its weights have changed since; "
                     f"train the DPO run again with --force, or bring the older SFT run back"
@@ -137,7 +138,7 @@ def _content(recipe: Recipe, name: str, hashes: dict[str, Any]) -> Any:
 
 
 def _refuse_other_base(run: Run, recipe: Recipe, hashes: dict[str, Any]) -> None:
-    trained_on = (run.manifest.get("base") or {}).get("weights")
+    trained_on = run.manifest.base and run.manifest.base.weights
     if trained_on and Path(recipe.model.name).is_dir() and _content(recipe, recipe.model.name, hashes) != trained_on:
         raise RunError(
             f"the base model at {recipe.model.name} is not the one that {run.path} was trained on; "
@@ -145,13 +146,15 @@ def _refuse_other_base(run: Run, recipe: Recipe, hashes: dict[str, Any]) -> None
         )
 
 
-def model_facts(candidate: Candidate) -> dict[str, Any]:
-    """What stands in eval.json of one model: where it is from, which it is by content, and what its training cost."""
+def model_facts(candidate: Candidate) -> ModelFacts:
+    """What stands in eval.json of one model."""
     own, reference = (c and (c.adapter or c.weights) for c in (candidate, candidate.reference))
-    manifest = Run(Path(own).parent).manifest if Path(own).name == "model" else {}
-    cost = {name: manifest[name] for name in ("training_seconds", "peak_memory_gib") if name in manifest}
-    path = str(Path(own).parent) if manifest else own
-    return {"name": candidate.name, "path": path, "content": candidate.key, "reference": reference, **cost}
+    facts = ModelFacts(name=candidate.name, path=own, content=candidate.key, reference=reference)
+    run = Run(Path(own).parent)
+    if Path(own).name != "model" or not run.has_started:
+        return facts
+    cost = {name: getattr(run.manifest, name) for name in ("training_seconds", "peak_memory_gib")}
+    return replace(facts, path=str(run.path), **cost)
 
 
 def refuse_what_cannot_be_compared(candidates: Sequence[Candidate]) -> list[str]:
@@ -169,7 +172,7 @@ def refuse_what_cannot_be_compared(candidates: Sequence[Candidate]) -> list[str]
                     f"{first.name} and {other.name} cannot be compared, since their {what} differ ({ours[:40]} and "
                     f"{theirs[:40]}): a perplexity per token means something else for each; evaluate each by itself"
                 )
-        ours, theirs = (c.run.manifest.get("data", {}).get("fingerprint") for c in (first, other))
+        ours, theirs = (c.run.manifest.data and c.run.manifest.data.fingerprint for c in (first, other))
         if ours != theirs:
             said.append(
                 f"{other.name} was made from other data than {first.name}: what is held out from one may have trained "

@@ -20,7 +20,7 @@ from alignlab import model as models
 from alignlab.disk import write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.export import difference
-from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, paths_in, publishable, write_card
+from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, write_card
 from alignlab.export.chat import chat_template, reads_as_in_training
 from alignlab.export.difference import Difference, Rows
 from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
@@ -29,6 +29,7 @@ from alignlab.recipe import Recipe, load_recipe
 from alignlab.report import find_runs, runs_folder
 from alignlab.run import Run, package_versions
 from alignlab.sweep.choice import chosen_run
+from alignlab.text import paths_in, publishable
 from alignlab.transcript import Turn
 
 log = logging.getLogger(__name__)
@@ -74,10 +75,10 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run
     """
     if best:
         run = Run(chosen_run(runs_folder(recipe)))
-    elif not (run := Run(Path(recipe))).manifest:
+    elif not (run := Run(Path(recipe))).has_started:
         run = Run(find_runs(recipe, [name or "dpo"])[0])
     if not run.is_finished:
-        status = run.manifest.get("status")
+        status = run.manifest.status
         raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
     if not run.model.is_dir():
         raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")

@@ -8,11 +8,11 @@ import logging
 import os
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from alignlab.errors import AlignlabError, RunError
+from alignlab.facts.sweep import Sweep
 from alignlab.recipe import consumed, run_name
 from alignlab.run import Run
 from alignlab.sweep.choice import collect
@@ -22,7 +22,7 @@ from alignlab.train import prepare_dpo, train_dpo
 log = logging.getLogger(__name__)
 
 
-def run_members(members: Members) -> dict[str, Any]:
+def run_members(members: Members) -> Sweep:
     """Trains the members that are not finished, and returns the table, which is written after each of them.
 
     A member that fails is named in the table, with the traceback in its `error.log`, and the others go on; started
