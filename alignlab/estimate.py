@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,6 +51,11 @@ class Estimate:
         else:
             low, high = _edges(self.mean, self.stderr, self.n)
         return replace(self, low=low, high=high)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that can be shown or drawn: finite, and neither true nor false."""
+    return type(value) in (float, int) and math.isfinite(value)
 
 
 def mean_estimate(values: ArrayLike, share: bool = False) -> Estimate:

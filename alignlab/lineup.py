@@ -50,7 +50,7 @@ def _command(recipe: str | None, overrides: Sequence[str]) -> str:
 
 def _finished(path: Path, recipe: str | None) -> Run:
     found = Run(path)
-    status = found.manifest.get("status")
+    status = found.manifest.status if found.has_started else None
     if status == "finished" and found.model.is_dir():
         return found
     stage = "sft" if path.name.startswith("sft") else "dpo"

@@ -182,7 +182,7 @@ class Guard(TrainerCallback):
 
     def __init__(self, run: Run, section: MonitorSection, anchored: bool):
         self.run, self.section, self.anchored = run, section, anchored
-        self.said = {warning["guard"] for warning in run.manifest.get("warnings", [])}
+        self.said = {warning.guard for warning in run.manifest.warnings}
         self.outside = False
         self.stopped: Alarm | None = None
 
@@ -205,7 +205,7 @@ class Guard(TrainerCallback):
         if not is_main:
             return
         log.warning("step %d: %s", alarm.step, alarm.message)
-        self.run.note(warnings=[*self.run.manifest.get("warnings", []), alarm.as_json()])
+        self.run.note(warnings=[*self.run.manifest.warnings, alarm.as_json()])
         if (wandb := sys.modules.get("wandb")) and wandb.run is not None:
             wandb.run.alert(title=f"{alarm.guard} at step {alarm.step}", text=alarm.message)
             wandb.run.summary[f"warnings/{alarm.guard}"] = alarm.message
@@ -282,7 +282,7 @@ def wandb_run(run: Run, group: str) -> Iterator[None]:
     `WANDB_MODE`, `WANDB_PROJECT` and the other variables of wandb's own win. A resumed run goes on in its wandb run,
     whose id is in the manifest; the runs of a recipe share a group.
     """
-    wandb_id = run.manifest.get("wandb_id") or secrets.token_hex(4)  # `random` is seeded by now
+    wandb_id = run.manifest.wandb_id or secrets.token_hex(4)  # `random` is seeded by now
     own = {"WANDB_RUN_ID": wandb_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.path)}
     named = {"WANDB_PROJECT": "alignlab", "WANDB_NAME": f"{group}/{run.path.name}", "WANDB_RUN_GROUP": group}
     mode = {} if _wandb_login() else {"WANDB_MODE": "offline"}

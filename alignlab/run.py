@@ -12,19 +12,209 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from alignlab import typed
 from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
+from alignlab.estimate import Estimate
+from alignlab.text import WinRate
 
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
 MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model, by a hash of a folder's weights or by the hub's commit."""
+
+    name: str
+    weights: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """What a DPO run started from: an SFT run, or `model.start`."""
+
+    run: str | None = None
+    start: str | None = None
+    weights: str | None = None  # a hash; none where they are the hub's
+
+    def __str__(self) -> str:
+        weights = f" (weights {self.weights})" if self.weights else ""
+        return f"{self.run or self.start}{weights}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows that were read, and what became of them."""
+
+    rows: int | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)  # by split
+    dropped: Mapping[str, int] = field(default_factory=dict)  # by reason
+    repaired: Mapping[str, int] = field(default_factory=dict)  # by what was mended
+    parts: Sequence[Mapping[str, Any]] = ()  # a source each
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    platform: str | None = None
+    python: str | None = None
+    cpus: int | None = None
+    gpus: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of `monitor`: what its guards allowed."""
+
+    max_kl: float | None = None
+    max_accuracy: float | None = None
+    action: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """What a guard has said."""
+
+    guard: str
+    step: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Figures on the test split; of an SFT run the perplexity alone, and of how many replies."""
+
+    margin: Annotated[Estimate | None, Field(alias="rewards/margins")] = None
+    accuracy: Annotated[Estimate | None, Field(alias="rewards/accuracies")] = None
+    chosen: Annotated[Estimate | None, Field(alias="rewards/chosen")] = None
+    rejected: Annotated[Estimate | None, Field(alias="rewards/rejected")] = None
+    loss: Estimate | None = None
+    win_rate: Estimate | WinRate | None = None  # by the toy's rule
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    n: int | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    reply_tokens: float | None = None
+    reply_tokens_stderr: float | None = None
+    eos_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a run says of itself, in `manifest.json`; what it does not know yet is none or empty."""
+
+    stage: Literal["sft", "dpo"]
+    status: Literal["running", "finished", "stopped", "failed"]
+    stop_reason: str | None = None
+    consumed: Mapping[str, Any] = field(default_factory=dict)  # the settings that its result depends on, by section
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+    machine: Machine = Machine()
+    started: str | None = None  # 2026-01-31T12:00:00Z
+    finished: str | None = None
+    planned_gib: float | None = None
+    peak_memory_gib: float | None = None
+    data: Rows | None = None
+    sft_data: Rows | None = None  # where SFT learns from other data
+    base: Base | None = None
+    parent: Parent | None = None
+    reference: str | None = None  # in a sentence
+    stored_reference: bool | None = None  # whether its log-probabilities came from the store
+    limits: Limits | None = None
+    warnings: Sequence[Warned] = ()
+    wandb_id: str | None = None
+    training_seconds: float | None = None
+    sampling_seconds: float | None = None
+    figures_seconds: float | None = None
+    best_step: int | None = None  # whose weights were kept
+    steps: int | None = None
+    world_size: int | None = None
+    probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
+    test: Figures | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Of texts, in tokens."""
+
+    median: float
+    p95: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many texts lie in [edge, next edge) tokens; the last bin holds its upper edge."""
+
+    edges: Sequence[int]
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    def __post_init__(self):
+        if not 0 < len(self.prompt) == len(self.chosen) == len(self.rejected) == len(self.edges) - 1:
+            raise ValueError("a count is missing or too many: there is one less than edges")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A pair that shows a finding."""
+
+    what: str
+    file: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A sign that something is wrong with the data, or that it was looked for in vain: a count of 0."""
+
+    name: str
+    level: str
+    says: str
+    count: int
+    shown: Sequence[Example] = ()
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """How often the reply that has more of something is the chosen one; none where no pair differs in it."""
+
+    name: str
+    n: int
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What `alignlab data` has found, as far as a report shows it; in `data.json`."""
+
+    fingerprint: str | None
+    tokens: Mapping[str, Lengths]
+    histogram: Histogram
+    findings: Sequence[Found]
+    features: Sequence[Feature]
+
+
+FACTS = {each.name for each in dataclasses.fields(Manifest)}
+
+
+@dataclass(frozen=True)
 class Run:
     """A run directory, named by stage and recipe: `runs/mistral/dpo-beta0.3`."""
 
@@ -64,20 +254,19 @@ class Run:
         return self.path / "model"
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """What the run says of itself; empty before it starts."""
-        if not self.manifest_file.is_file():
-            return {}
-        try:
-            return json.loads(self.manifest_file.read_text())
-        except ValueError as e:
-            raise RunError(
-                f"{self.manifest_file} is not JSON ({e}); remove {self.path} to start the run anew"
-            ) from None
+    def has_started(self) -> bool:
+        return self.manifest_file.is_file()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the run says of itself; RunError where there is no run, or what is there cannot be read."""
+        if not self.has_started:
+            raise RunError(f"there is no run at {self.path} (it has no manifest.json)")
+        return typed.read_file(Manifest, self.manifest_file, f"remove {self.path} to start the run anew")
 
     @property
     def is_finished(self) -> bool:
-        return self.manifest.get("status") == "finished"
+        return self.has_started and self.manifest.status == "finished"
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
@@ -86,9 +275,18 @@ class Run:
         return read_lines(self.samples_file)
 
     def note(self, **facts: Any) -> None:
-        """Adds facts to the manifest, whole or not at all."""
+        """Adds facts to the manifest, whole or not at all; what another version has written there stays."""
+        assert facts.keys() <= FACTS, facts.keys() - FACTS
         if self.is_writer:
-            write_json(self.manifest_file, {**self.manifest, **facts})
+            before = json.loads(self.manifest_file.read_text("utf-8")) if self.has_started else {}
+            write_json(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold, without what is not known."""
+    if dataclasses.is_dataclass(value):
+        return {name: its for name, its in asdict(value).items() if its is not None}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def cut_back(run: Run, step: int) -> None:
@@ -96,8 +294,8 @@ def cut_back(run: Run, step: int) -> None:
     for file in (run.metrics_file, run.samples_file):
         if file.is_file():
             write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
-    if warnings := run.manifest.get("warnings"):
-        run.note(warnings=[warning for warning in warnings if warning["step"] <= step])
+    if run.manifest.warnings:
+        run.note(warnings=[warning for warning in run.manifest.warnings if warning.step <= step])
 
 
 @contextlib.contextmanager
@@ -123,7 +321,7 @@ def opened(
     except Timeout:
         raise RunError(f"{path} is in use by another process; wait for it, or name this run with --run") from None
     try:
-        if force and run.manifest:
+        if force and run.has_started:
             _move_aside(path)
         _refuse_other_settings(run, stage, consumed)
         if not run.is_finished:
@@ -155,17 +353,16 @@ def _move_aside(path: Path) -> None:
 
 
 def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:
-    made_from = run.manifest.get("consumed")
-    if made_from is None:
+    if not run.has_started or not (manifest := run.manifest).consumed:
         return
-    before, after = _flat(made_from), _flat(json.loads(json.dumps(consumed, default=str)))
+    before, after = _flat(manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
     if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
         named = ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
         raise RunError(
             f"{run.path} was made from other settings: {named}; "
             f"name a new run with --run, or train it again with --force"
         )
-    assert run.manifest["stage"] == stage, f"{run.path} holds a {run.manifest['stage']} run"
+    assert manifest.stage == stage, f"{run.path} holds a {manifest.stage} run"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,7 @@ from alignlab.launch import check_world, refuse_different_recipes, refuse_sharde
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
-from alignlab.run import Run
+from alignlab.run import Parent, Run
 from alignlab.samples import Samples
 from alignlab.store import ReferenceIdentity
 from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
@@ -166,7 +166,7 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
     with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
         state.wait_for_everyone()
         if run.is_finished:
-            _say_finished(run.path, run.manifest["stop_reason"])
+            _say_finished(run.path, run.manifest.stop_reason)
         else:
             _say_what_it_needs(recipe, stage, run)
             monitor.start_peak_memory()
@@ -184,7 +184,7 @@ def _say_what_it_needs(recipe: Recipe, stage: str, run: Run) -> None:
     line, planned = plan_line(recipe, stage, cuda=cuda)
     log.info("%s", line)
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
-    run.note(planned_gib=planned, machine={**run.manifest["machine"], "gpus": gpus})
+    run.note(planned_gib=planned, machine={**dataclasses.asdict(run.manifest.machine), "gpus": gpus})
 
 
 def _sft_run(recipe: Recipe, root: Path) -> Run:
@@ -297,14 +297,14 @@ def _say_what_is_repeated(trainer, held_out: int) -> None:
 def _note_times(run: Run, **seconds: float) -> None:
     """Adds to what earlier starts of the same run have taken."""
     names = {f"{name}_seconds": value for name, value in seconds.items()}
-    run.note(**{name: round(run.manifest.get(name, 0) + value, 1) for name, value in names.items()})
+    run.note(**{name: round((getattr(run.manifest, name) or 0) + value, 1) for name, value in names.items()})
 
 
-def _parent(sft: Run | None, start: models.Start) -> dict[str, Any]:
+def _parent(sft: Run | None, start: models.Start) -> Parent:
     if sft is None:
         name = start.adapter or start.weights
-        return {"start": name, **({"weights": models.weights_hash(Path(name))} if Path(name).is_dir() else {})}
-    return {"run": str(sft.path), "weights": models.weights_hash(sft.model)}
+        return Parent(start=name, weights=models.weights_hash(Path(name)) if Path(name).is_dir() else None)
+    return Parent(run=str(sft.path), weights=models.weights_hash(sft.model))
 
 
 def _identify_reference(
@@ -332,7 +332,9 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     if trainer.identity is None:
         return pairs
     found, online = _look_up(trainer, pairs)
-    stored = run.manifest.get("stored_reference", worth_storing(found, online))  # a resumed run goes on as it began
+    stored = run.manifest.stored_reference  # a resumed run goes on as it began
+    if stored is None:
+        stored = worth_storing(found, online)
     filled: dict[str, Dataset] = {}
     if stored:
         with trainer.scoring_reference() as score:
@@ -345,9 +347,9 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     return dataclasses.replace(pairs, **filled)
 
 
-def _refuse_other_parent(run: Run, parent: dict[str, Any]) -> None:
-    before = run.manifest.get("parent", parent)
-    if any(parent.get(key) != value for key, value in before.items()):
+def _refuse_other_parent(run: Run, parent: Parent) -> None:
+    before = run.manifest.parent
+    if before and before != parent:
         raise RunError(
             f"{run.path} was trained from {before}, and would start from {parent}; "
             f"name a new run with --run, or train it again with --force"
@@ -363,7 +365,7 @@ def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft:
             with trainer.as_reference() as reference:
                 found = heldout.probe(reference, pairs.validation, pad)
             exact = section.dtype == "float32" and not section.load_in_4bit
-            monitor.check_reference(found, sft.manifest["probe"], exact)
+            monitor.check_reference(found, sft.manifest.probe, exact)
         for pair in pairs.train.select(range(min(4, len(pairs.train)))):
             first = trainer.score_one(pair)
             rewards = first["rewards/chosen"], first["rewards/rejected"]

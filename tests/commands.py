@@ -50,4 +50,4 @@ def same(one: Run, other: Run) -> None:
     assert weights(one) == weights(other)
     assert timeless(one.metrics()) == timeless(other.metrics())
     assert one.samples() == other.samples()
-    assert one.manifest["test"] == other.manifest["test"]
+    assert one.manifest.test == other.manifest.test

@@ -135,7 +135,8 @@ def test_what_cannot_be_used_is_named_and_the_others_are_collected(small):
     write_run(members, 1, 1.0).metrics_file.unlink()
     write_run(members, 2, 1.0).note(best_step=2)
     other = write_run(members, 3, 1.0)
-    other.note(consumed={**other.manifest["consumed"], "dpo": {**other.manifest["consumed"]["dpo"], "max_steps": 3}})
+    consumed = other.manifest.consumed
+    other.note(consumed={**consumed, "dpo": {**consumed["dpo"], "max_steps": 3}})
     table = collect(members)
     assert [member["status"] for member in table["members"]] == ["finished", "failed", "failed", "failed", "missing"]
     errors = [member["error"] for member in table["members"]]

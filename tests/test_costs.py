@@ -49,7 +49,9 @@ def test_an_earlier_run_of_the_stage_gives_its_own_pace(tmp_path):
     recipe = load_recipe("mistral")
     run = tmp_path / recipe.name / "dpo"
     run.mkdir(parents=True)
-    (run / "manifest.json").write_text(json.dumps({"training_seconds": 600, "steps": 60, "stage": "dpo"}))
+    (run / "manifest.json").write_text(
+        json.dumps({"stage": "dpo", "status": "finished", "training_seconds": 600, "steps": 60})
+    )
     found = costs(ROWS, recipe, tmp_path)["dpo"]
     assert found["measured"] == {"run": str(run), "seconds_a_step": 10.0, "hours": pytest.approx(160 / 3600, rel=0.05)}
     assert costs(ROWS, recipe, tmp_path)["sft"]["measured"] is None

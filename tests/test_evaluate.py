@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 import time
@@ -81,14 +82,14 @@ def test_every_figure_has_an_interval_and_n(found):
 
 def test_figures_are_those_that_training_ended_with(found, made):
     """Accuracy, margin, loss and perplexities of the manifest are computed by the trainer's own model."""
-    test, rows = made().manifest["test"], rows_of(found)
-    names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "reward of chosen": "rewards/chosen"}
-    for measure, name in {**names, "loss": "loss"}.items():
-        assert rows[measure]["values"]["dpo"]["mean"] == pytest.approx(test[name]["mean"], rel=1e-4, abs=1e-6)
+    test, rows = made().manifest.test, rows_of(found)
+    trained = {"accuracy": test.accuracy, "margin": test.margin, "reward of chosen": test.chosen, "loss": test.loss}
+    for measure, figure in trained.items():
+        assert rows[measure]["values"]["dpo"]["mean"] == pytest.approx(figure.mean, rel=1e-4, abs=1e-6)
     perplexity = rows["perplexity of chosen"]["values"]
-    assert perplexity["dpo"]["mean"] == pytest.approx(test["perplexity"], rel=1e-5)
-    assert perplexity["sft"]["mean"] == pytest.approx(test["reference_perplexity"], rel=1e-5)
-    assert found["pairs"] == test["loss"]["n"]
+    assert perplexity["dpo"]["mean"] == pytest.approx(test.perplexity, rel=1e-5)
+    assert perplexity["sft"]["mean"] == pytest.approx(test.reference_perplexity, rel=1e-5)
+    assert found["pairs"] == test.loss.n
 
 
 def test_win_rates_are_the_toys_rule_in_a_plain_loop(found, made):
@@ -177,8 +178,8 @@ def test_full_models_are_loaded_one_after_another(made):
         with bench.on(candidate):
             assert len(bench._held) == 1
     found = json.loads(evaluate([run], QUICK).read_text())
-    test = run.manifest["test"]
-    assert rows_of(found)["margin"]["values"]["dpo"]["mean"] == pytest.approx(test["rewards/margins"]["mean"], rel=1e-3)
+    test = run.manifest.test
+    assert rows_of(found)["margin"]["values"]["dpo"]["mean"] == pytest.approx(test.margin.mean, rel=1e-3)
     assert rows_of(found)["KL per reply"]["values"]["dpo"]["mean"] > 0
 
 
@@ -188,10 +189,8 @@ def test_a_4bit_run_is_evaluated_in_4_bit(made):
     found = json.loads(evaluate([run], QUICK).read_text())
     with (bench := Bench()).on(line_up([run]).ours) as model:
         assert model.get_base_model().is_loaded_in_4bit and len(bench._held) == 1
-    test = run.manifest["test"]
-    assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(
-        test["perplexity"], rel=0.01
-    )
+    test = run.manifest.test
+    assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(test.perplexity, rel=0.01)
 
 
 # Kept
@@ -450,7 +449,7 @@ def test_an_sft_run_that_was_trained_again_is_not_taken_for_the_reference(made, 
 def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
     path = shutil.copytree(made().path, tmp_path / "dpo")
     run = Run(path)
-    run.note(parent={**run.manifest["parent"], "run": "runs/gone/sft"})
+    run.note(parent=dataclasses.replace(run.manifest.parent, run="runs/gone/sft"))
     with pytest.raises(AlignlabError, match="was trained from runs/gone/sft, which is not there"):
         line_up([run])
 

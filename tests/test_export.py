@@ -185,11 +185,10 @@ def test_nothing_in_the_folder_names_a_place_of_this_machine(exported, made, fol
 def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
-    test, parent = run.manifest["test"], run.manifest["parent"]
-    margin = test["rewards/margins"]
-    assert f"| reward margin | {margin['mean']:.3g} ± {margin['stderr']:.2g} (n={margin['n']}) |" in card
-    assert f"`sft`, weights `{parent['weights']}`" in card and run.manifest["data"]["fingerprint"] in card
-    assert "learning_rate: 0.001" in card and f"trl {run.manifest['versions']['trl']}" in card
+    test, parent = run.manifest.test, run.manifest.parent
+    assert f"| reward margin | {test.margin} |" in card
+    assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
+    assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head == {
         "library_name": "transformers",
@@ -337,7 +336,7 @@ def refused(run: Run, to: Path, wish: Wish, why: str) -> None:
 def test_a_base_that_is_gone_is_one_line(copied, folders, tmp_path):
     file = copied.model / "adapter_config.json"
     file.write_text(file.read_text().replace(str(folders["llama"]), "/nowhere/llama"))
-    copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest["base"]["weights"]})
+    copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest.base.weights})
     refused(copied, tmp_path / "out", Wish(), "is gone: there is no folder /nowhere/llama")
     assert export(copied, tmp_path / "out", Wish(model=str(folders["llama"]))).difference.reply_most < 1e-3
 

@@ -87,7 +87,7 @@ def test_4bit_dpo_on_two_ranks_is_that_on_one(workplace):
 
 def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
     one, two = (Run(workplace / "runs" / name.format(ranks)) for ranks in (1, 2))
-    assert (one.manifest["world_size"], two.manifest["world_size"]) == (1, 2)
+    assert (one.manifest.world_size, two.manifest.world_size) == (1, 2)
     assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
     for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
         for key in COMPARED & ours.keys():

@@ -19,8 +19,8 @@ from alignlab.fields import library_settings
 
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
-    "errors disk rules fields store written recipe listing arguments launch guards run quality summary transcript "
-    "files words format prompts refusals toy estimate "
+    "errors disk typed estimate rules fields store written recipe listing arguments launch guards run quality summary "
+    "transcript files words format prompts refusals toy "
     "plan.shapes plan.tape plan.layers plan.memory plan "
     "report.curves report.verdict report.replies report.reading report.facts report.charts report.pictures report "
     "data.rows data.sources data.splits data.pairing data.ledger data.prepared data.identity data.preparation data "

@@ -275,7 +275,7 @@ def test_a_moved_run_keeps_its_base_column(tmp_path):
 
 def test_gpu_hours_count_every_process(tmp_path):
     """8 processes for an hour are 8 GPU-hours."""
-    machine = {"platform": "Linux", "gpu": ["NVIDIA H100"] * 8}
+    machine = {"platform": "Linux", "gpus": ["NVIDIA H100"] * 8}
     page = write_report(make(tmp_path / "tiny" / "dpo", machine=machine, world_size=8))
     assert "GPU-hours 8 (8 processes)" in Elements(page).text
 
@@ -472,7 +472,7 @@ def examination(text: str) -> dict:
 
 def hostile(folder: Path) -> Path:
     (folder / "tiny").mkdir(parents=True, exist_ok=True)
-    (folder / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination(f"{HOSTILE[:200]} \u202e")))
+    (folder / "tiny" / runs.EXAMINATION).write_text(json.dumps(examination(HOSTILE[:200].replace("\ud800", "\u202e"))))
     warning = {"guard": "kl", "step": 1, "message": SCRIPT}
     rows = [{**row, "prompt": f"\n\nHuman: {HOSTILE}{i}\n\nAssistant:"} for i, row in enumerate(samples(HOSTILE))]
     facts = {"stop_reason": SCRIPT, "command": SCRIPT, "warnings": [warning], "machine": {"platform": SCRIPT}}
@@ -511,10 +511,11 @@ def test_an_examination_of_other_rows_is_not_shown(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"fingerprint": "f1"}', '{"fingerprint": "f1", "findings": 3}'])
-def test_a_broken_examination_is_passed_over(tmp_path, text):
+def test_a_broken_examination_is_said_and_left_out(tmp_path, text):
     path = make(tmp_path / "tiny" / "dpo")
     (tmp_path / "tiny" / runs.EXAMINATION).write_text(text)
-    assert "Findings" not in Elements(write_report(path)).text
+    page = Elements(write_report(path)).text
+    assert "Findings" not in page and "tiny/data.json" in page and "make it anew with alignlab data tiny" in page
 
 
 def test_the_page_loads_nothing(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.recipe import load_recipe
-from alignlab.run import Run
+from alignlab.run import Figures, Run
 from alignlab.train import train_dpo
 
 pytestmark = pytest.mark.slow
@@ -38,21 +38,20 @@ def root(tmp_path_factory) -> Path:
 def test_tiny_learns_what_is_preferred(root):
     """On test topics, over 250 pairs: accuracy at least 0.60, margin at least 0.5, a win rate above chance."""
     run = train_dpo(load_recipe("tiny"), root=root)
-    test = run.manifest["test"]
+    test = run.manifest.test
     show("tiny", test)
-    assert test["rewards/accuracies"]["mean"] >= 0.60
-    assert test["rewards/margins"]["mean"] >= 0.5
-    assert test["win_rate"]["mean"] - 2 * test["win_rate"]["stderr"] > 0.5
+    assert test.accuracy.mean >= 0.60
+    assert test.margin.mean >= 0.5
+    assert test.win_rate.mean - 2 * test.win_rate.stderr > 0.5
 
 
 def test_with_shuffled_labels_both_vanish(root):
     """Labels drawn by a coin: within three standard errors of an accuracy of 0.5, and a margin a tenth of tiny's."""
     run = train_dpo(load_recipe("tiny", ["data.toy.shuffled=true", "dpo.max_steps=100"]), root=root)
-    test = run.manifest["test"]
+    test = run.manifest.test
     show("shuffled", test)
-    accuracy = test["rewards/accuracies"]
-    assert abs(accuracy["mean"] - 0.5) < 3 * accuracy["stderr"] + 0.05
-    assert abs(test["rewards/margins"]["mean"]) < 0.15
+    assert abs(test.accuracy.mean - 0.5) < 3 * test.accuracy.stderr + 0.05
+    assert abs(test.margin.mean) < 0.15
 
 
 HOT = [
@@ -69,15 +68,15 @@ def test_a_run_that_collapses_is_stopped_with_a_checkpoint_that_has_not(root):
     Stopped by the guard, the same run keeps a checkpoint below the limit whose replies win by the toy's rule.
     """
     free = train_dpo(load_recipe("tiny", [*HOT, "dpo.eval_steps=40"]), root=root, name="free").manifest
-    show("collapsed", free["test"])
-    assert free["test"]["kl"] > 50 and free["test"]["rewards/accuracies"]["mean"] > 0.9
-    assert free["test"]["win_rate"]["mean"] < 0.5
-    assert "kl" in [warning["guard"] for warning in free["warnings"]]
+    show("collapsed", free.test)
+    assert free.test.kl > 50 and free.test.accuracy.mean > 0.9
+    assert free.test.win_rate.mean < 0.5
+    assert "kl" in [warning.guard for warning in free.warnings]
     guarded = [*HOT, "dpo.eval_steps=10", "monitor.action=stop"]
     stopped = train_dpo(load_recipe("tiny", guarded), root=root, name="stopped").manifest
-    show("stopped", stopped["test"])
-    assert "kept the best checkpoint inside the limits" in stopped["stop_reason"]
-    assert stopped["test"]["kl"] < 10 and stopped["test"]["win_rate"]["mean"] > 0.5
+    show("stopped", stopped.test)
+    assert "kept the best checkpoint inside the limits" in stopped.stop_reason
+    assert stopped.test.kl < 10 and stopped.test.win_rate.mean > 0.5
 
 
 @pytest.mark.parametrize("base", ["stories260K", "fresh"])
@@ -92,8 +91,8 @@ def test_real_dialogues_train_a_real_model(base, shared: Path, tmp_path):
     run = train_dpo(load_recipe(str(recipe)), root=tmp_path)
     losses = [row[key] for row in run.metrics() for key in ("train/loss", "eval/loss") if key in row]
     assert losses and all(map(math.isfinite, losses))
-    show(f"HH-RLHF, {base}", run.manifest["test"])
-    assert run.manifest["test"]["rewards/margins"]["mean"] > 0
+    show(f"HH-RLHF, {base}", run.manifest.test)
+    assert run.manifest.test.margin.mean > 0
     sft = [row["eval/perplexity"] for row in Run(run.path.parent / "sft").metrics() if "eval/perplexity" in row]
     assert min(sft) < sft[0]
 
@@ -110,8 +109,7 @@ def fresh_model(shared: Path, folder: Path) -> Path:
     return folder / "fresh"
 
 
-def show(name: str, test: dict) -> None:
-    figures = {key: test[key] for key in ("rewards/accuracies", "rewards/margins", "win_rate") if key in test}
-    shown = ", ".join(f"{key} {e['mean']:.3f} ± {e['stderr']:.3f} (n={e['n']})" for key, e in figures.items())
-    change = test["perplexity"] / test["reference_perplexity"] - 1
-    print(f"\n{name}: {shown}, KL {test['kl']:.2f}, perplexity {change:+.1%}")
+def show(name: str, test: Figures) -> None:
+    figures = f"accuracy {test.accuracy}, margin {test.margin}, win rate {test.win_rate}"
+    change = test.perplexity / test.reference_perplexity - 1
+    print(f"\n{name}: {figures}, KL {test.kl:.2f}, perplexity {change:+.1%}")

@@ -42,7 +42,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_killed(workplace):
     whole, killed = Run(workplace / "runs/plain/whole"), Run(workplace / "runs/plain/killed")
     process = alignlab(workplace, "dpo", "plain", "--run", "killed", wait=False)
     kill_when(process, lambda: any(row["step"] > 4 for row in read_lines(killed.metrics_file)))
-    assert killed.manifest["status"] == "running"
+    assert killed.manifest.status == "running"
     resumed = alignlab(workplace, "dpo", "plain", "--run", "killed")
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr
     same(killed, whole)
@@ -75,7 +75,7 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint_and_resumes(workplace):
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "the same command goes on from there" in said and "Traceback" not in said
-    assert stopped.manifest["status"] == "stopped" and last_whole_checkpoint(stopped)[0] is not None
+    assert stopped.manifest.status == "stopped" and last_whole_checkpoint(stopped)[0] is not None
     assert alignlab(workplace, "dpo", "plain", "--run", "stopped").returncode == 0
     assert weights(stopped) == weights(whole)
 
@@ -118,4 +118,4 @@ def test_wandb_is_offline_by_itself_and_a_resumed_run_goes_on_in_its_own(workpla
     done = subprocess.run(command, cwd=workplace, env={**environment, **home}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = Run(workplace / "runs/plain/logged")
-    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest['wandb_id']}"))
+    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest.wandb_id}"))

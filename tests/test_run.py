@@ -93,9 +93,9 @@ def test_a_full_disk_leaves_the_old_file_whole(small_disk):
 def test_a_full_disk_while_training_is_the_error_that_is_reported(small_disk):
     with pytest.raises(OSError, match="No space left"), opened(small_disk / "dpo", "dpo", SETTINGS, "") as run:
         (small_disk / "filler").write_bytes(b"x" * 100_000)
-    assert run.manifest["status"] in ("running", "failed")
+    assert run.manifest.status in ("running", "failed")
     (small_disk / "filler").unlink()
-    assert start(small_disk / "dpo").manifest["status"] == "running"
+    assert start(small_disk / "dpo").manifest.status == "running"
 
 
 @given(rows)
@@ -121,7 +121,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
 
 
 def test_cut_back_leaves_what_was_logged_up_to_the_step(tmp_path):
-    run = Run(tmp_path)
+    run = start(tmp_path / "dpo")
     write_lines(run.metrics_file, [{"step": step} for step in (0, 2, 4, 4, 6)])
     with run.metrics_file.open("a") as file:
         file.write('{"step": 8, "lo')
@@ -140,12 +140,15 @@ def test_a_new_run_says_what_it_is(tmp_path):
     run = start(tmp_path / "dpo")
     assert run.recipe_file.read_text() == "about: x\n"
     facts = run.manifest
-    assert (facts["stage"], facts["status"], facts["consumed"]) == ("dpo", "running", SETTINGS)
-    assert facts["versions"]["torch"] and facts["machine"]["cpus"] == os.cpu_count()
+    assert (facts.stage, facts.status, facts.consumed) == ("dpo", "running", SETTINGS)
+    assert facts.versions["torch"] and facts.machine.cpus == os.cpu_count()
 
 
-def test_a_run_that_did_not_start_has_an_empty_manifest(tmp_path):
-    assert Run(tmp_path).manifest == {} and not Run(tmp_path).is_finished
+def test_a_run_that_did_not_start_has_no_manifest(tmp_path):
+    run = Run(tmp_path)
+    assert not run.has_started and not run.is_finished
+    with pytest.raises(RunError, match=f"there is no run at {tmp_path}"):
+        run.manifest  # noqa: B018
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
@@ -163,7 +166,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
         assert str(error.value) == f"{path} is in use by another process; wait for it, or name this run with --run"
         holder.kill()
         holder.wait()
-    assert start(path, {}).manifest["status"] == "running"
+    assert start(path, {}).manifest.status == "running"
 
 
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(tmp_path):
@@ -203,35 +206,35 @@ def test_a_finished_run_comes_back_untouched(tmp_path):
 def test_a_stopped_run_runs_again_and_keeps_its_facts(tmp_path):
     start(tmp_path / "dpo").note(status="stopped", stop_reason="interrupted at step 8", training_seconds=3.5)
     facts = start(tmp_path / "dpo").manifest
-    assert (facts["status"], facts["stop_reason"], facts["training_seconds"]) == ("running", None, 3.5)
+    assert (facts.status, facts.stop_reason, facts.training_seconds) == ("running", None, 3.5)
 
 
 def test_force_keeps_the_older_run_aside(tmp_path, capsys):
     start(tmp_path / "dpo").note(status="finished", best_step=7)
     start(tmp_path / "dpo", force=True).note(best_step=8)
     new = start(tmp_path / "dpo", {"dpo": {"beta": 0.5}}, force=True)
-    assert not new.is_finished and "best_step" not in new.manifest
-    assert Run(tmp_path / "dpo.old1").manifest["best_step"] == 7
-    assert Run(tmp_path / "dpo.old2").manifest["best_step"] == 8
+    assert not new.is_finished and new.manifest.best_step is None
+    assert Run(tmp_path / "dpo.old1").manifest.best_step == 7
+    assert Run(tmp_path / "dpo.old2").manifest.best_step == 8
     assert f"{tmp_path}/dpo: the older run is kept as {tmp_path}/dpo.old2" in capsys.readouterr().err
 
 
 def test_force_on_nothing_is_an_ordinary_start(tmp_path):
-    assert start(tmp_path / "dpo", force=True).manifest["status"] == "running"
+    assert start(tmp_path / "dpo", force=True).manifest.status == "running"
     assert not (tmp_path / "dpo.old1").exists()
 
 
 def test_a_failure_is_recorded_with_its_error(tmp_path):
     with pytest.raises(ZeroDivisionError), opened(tmp_path / "dpo", "dpo", SETTINGS, "") as run:
         1 / 0  # noqa: B018
-    assert (run.manifest["status"], run.manifest["stop_reason"]) == ("failed", "ZeroDivisionError: division by zero")
+    assert (run.manifest.status, run.manifest.stop_reason) == ("failed", "ZeroDivisionError: division by zero")
 
 
 def test_an_interrupt_is_not_recorded_as_a_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), opened(tmp_path / "dpo", "dpo", SETTINGS, "") as run:
         run.note(status="stopped")
         raise KeyboardInterrupt
-    assert run.manifest["status"] == "stopped"
+    assert run.manifest.status == "stopped"
 
 
 def test_a_broken_manifest_is_a_fault_with_its_remedy(tmp_path):

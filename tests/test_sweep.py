@@ -71,17 +71,17 @@ def test_a_member_equals_a_separate_run_and_the_reference_is_asked_once(small, m
         table = run_members(find_members("small", [], "0.5,0.3,0.1,0.05"))
     assert [member["status"] for member in table["members"]] == ["finished"] * 4
     member = Run(Path("runs/small/dpo-beta0.5"))
-    assert len(asked) == sum(member.manifest["data"]["kept"].values()) and "ref" not in adapters
+    assert len(asked) == sum(member.manifest.data.kept.values()) and "ref" not in adapters
     assert len(drawn) == 5 + 3 * 3
     assert caplog.text.count("runs/small/sft is finished") == 1
-    parents = {Run(Path(member["path"])).manifest["parent"]["run"] for member in table["members"]}
+    parents = {Run(Path(member["path"])).manifest.parent.run for member in table["members"]}
     assert parents == {"runs/small/sft"}
     asked.clear()
     same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("apart")))
     assert not asked
     monkeypatch.setenv("ALIGNLAB_CACHE", str(small / "empty"))
     same(member, train_dpo(load_recipe("small", ["dpo.beta=0.5"]), root=Path("alone")))
-    assert len(asked) == sum(member.manifest["data"]["kept"].values())
+    assert len(asked) == sum(member.manifest.data.kept.values())
 
 
 def note_each_pair(monkeypatch, asked: list) -> None:

@@ -15,7 +15,7 @@ from alignlab import model as models
 from alignlab.errors import ModelError, RunError
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
-from alignlab.run import Run, step_of
+from alignlab.run import Limits, Parent, Run, step_of
 from alignlab.train import train_dpo, train_sft
 from alignlab.trainers import AlignDPOTrainer
 
@@ -68,13 +68,13 @@ def test_reference_is_the_sft_adapter(recipe, tmp_path):
     sft = Run(run.path.parent / "sft")
     best = min(row["eval/perplexity"] for row in sft.metrics() if "eval/perplexity" in row)
     assert first["eval/perplexity"] == pytest.approx(best, rel=1e-4)
-    assert "frozen copy of the adapter" in run.manifest["reference"]
-    assert run.manifest["parent"]["weights"] == models.weights_hash(sft.model)
+    assert "frozen copy of the adapter" in run.manifest.reference
+    assert run.manifest.parent.weights == models.weights_hash(sft.model)
 
 
 def test_another_sft_model_than_the_one_recorded_is_refused(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
-    sft.note(probe=[nats * 1.1 for nats in sft.manifest["probe"]])
+    sft.note(probe=[nats * 1.1 for nats in sft.manifest.probe])
     with pytest.raises(ModelError, match="is not the SFT model"):
         train_dpo(recipe(), root=tmp_path)
 
@@ -84,14 +84,14 @@ def test_reference_base_is_the_bare_base(recipe, tmp_path):
     run = train_dpo(recipe("llama", "model.reference=base"), root=tmp_path)
     first = run.metrics()[0]
     assert abs(first["eval/rewards/chosen"]) > 0.1 and first["eval/kl"] > 0
-    assert run.manifest["reference"].startswith("the base model")
+    assert run.manifest.reference.startswith("the base model")
 
 
 def test_model_start_takes_the_place_of_the_sft_run(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
     run = train_dpo(recipe("llama", f"model.start={sft.model}"), root=tmp_path)
     assert abs(run.metrics()[0]["eval/rewards/margins"]) < 1e-6
-    assert run.manifest["parent"] == {"start": str(sft.model), "weights": weights_hash(sft.model)}
+    assert run.manifest.parent == Parent(start=str(sft.model), weights=weights_hash(sft.model))
 
 
 def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
@@ -110,7 +110,7 @@ def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
 def test_a_full_model_as_start_gets_a_fresh_adapter_and_is_the_reference(recipe, folders, tmp_path):
     run = train_dpo(recipe("llama", f"model.start={folders['llama']}"), root=tmp_path)
     assert abs(run.metrics()[0]["eval/rewards/margins"]) < 1e-6
-    assert "switched off" in run.manifest["reference"]
+    assert "switched off" in run.manifest.reference
 
 
 def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
@@ -118,7 +118,7 @@ def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
     run = train_dpo(full, root=tmp_path)
     first, last = run.metrics()[0], last_evaluation(run)
     assert abs(first["eval/rewards/margins"]) < 1e-6 and last["eval/rewards/margins"] > 0
-    assert "second, frozen copy" in run.manifest["reference"]
+    assert "second, frozen copy" in run.manifest.reference
     assert AutoModelForCausalLM.from_pretrained(run.model).dtype == torch.float32
 
 
@@ -127,14 +127,14 @@ def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, rec
     """A KL limit that the first step passes: the run ends at its first evaluation, with what it is compared with."""
     run = train_dpo(recipe("llama", how, "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
     manifest = run.manifest
-    assert manifest["status"] == "finished" and (manifest["steps"], manifest["best_step"]) == (3, 0)
-    assert manifest["stop_reason"].startswith("stopped at step 3: the policy is")
-    assert manifest["stop_reason"].endswith("no checkpoint was inside the limits, so the reference itself is kept")
-    (warning,) = [w for w in manifest["warnings"] if w["guard"] == "kl"]
-    assert warning["step"] == 3 and "dpo.beta" in warning["message"]
-    assert manifest["test"]["kl"] == 0 and manifest["test"]["rewards/margins"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert manifest.status == "finished" and (manifest.steps, manifest.best_step) == (3, 0)
+    assert manifest.stop_reason.startswith("stopped at step 3: the policy is")
+    assert manifest.stop_reason.endswith("no checkpoint was inside the limits, so the reference itself is kept")
+    (warning,) = [w for w in manifest.warnings if w.guard == "kl"]
+    assert warning.step == 3 and "dpo.beta" in warning.message
+    assert manifest.test.kl == 0 and manifest.test.margin.mean == pytest.approx(0, abs=1e-5)
     if how != "model.reference=base":
-        assert weights_of(run) == weights_of(Run(Path(manifest["parent"]["run"])))
+        assert weights_of(run) == weights_of(Run(Path(manifest.parent.run)))
 
 
 def weights_of(run: Run) -> list[bytes]:
@@ -143,9 +143,9 @@ def weights_of(run: Run) -> list[bytes]:
 
 def test_a_run_that_only_warns_goes_on_and_says_each_thing_once(recipe, tmp_path):
     run = train_dpo(recipe("llama", "monitor.max_kl=1e-7"), root=tmp_path)
-    assert run.manifest["steps"] == 6 and run.manifest["best_step"] in (3, 6)
-    assert [w["guard"] for w in run.manifest["warnings"]].count("kl") == 1
-    assert run.manifest["limits"] == {"max_kl": 1e-7, "max_accuracy": 0.95, "action": "warn"}
+    assert run.manifest.steps == 6 and run.manifest.best_step in (3, 6)
+    assert [w.guard for w in run.manifest.warnings].count("kl") == 1
+    assert run.manifest.limits == Limits(max_kl=1e-7, max_accuracy=0.95, action="warn")
 
 
 def test_the_best_checkpoint_is_chosen_among_those_inside_the_limits(recipe, tmp_path):
@@ -157,9 +157,9 @@ def test_the_best_checkpoint_is_chosen_among_those_inside_the_limits(recipe, tmp
     run = train_dpo(recipe("llama", limit, "monitor.action=stop", "dpo.max_steps=6"), root=tmp_path, name="stopped")
     kl = [row for row in run.metrics() if "eval/kl" in row]
     if kl[-1]["eval/kl"] - 2 * kl[-1]["eval/kl_stderr"] > (first + second) / 2:  # beyond the noise of four replies
-        assert run.manifest["best_step"] == 3 and "inside the limits, step 3" in run.manifest["stop_reason"]
+        assert run.manifest.best_step == 3 and "inside the limits, step 3" in run.manifest.stop_reason
     else:
-        assert "stopped at" not in run.manifest["stop_reason"]
+        assert "stopped at" not in run.manifest.stop_reason
 
 
 def test_the_adapter_stays_in_float32_under_bfloat16(recipe, tmp_path):
@@ -236,10 +236,10 @@ def test_the_test_figures_are_a_plain_loop_over_the_test_pairs(recipe, tmp_path)
             reward[side] = 0.1 * (nats[0] - nats[1])
         margins.append(reward["chosen"] - reward["rejected"])
     margins = torch.tensor(margins)
-    test = run.manifest["test"]
-    assert test["rewards/margins"]["mean"] == pytest.approx(margins.mean().item(), abs=1e-5)
-    assert test["rewards/accuracies"]["mean"] == (margins > 0).double().mean().item()
-    assert test["loss"]["mean"] == pytest.approx(-torch.sigmoid(margins).log().mean().item(), abs=1e-5)
+    test = run.manifest.test
+    assert test.margin.mean == pytest.approx(margins.mean().item(), abs=1e-5)
+    assert test.accuracy.mean == (margins > 0).double().mean().item()
+    assert test.loss.mean == pytest.approx(-torch.sigmoid(margins).log().mean().item(), abs=1e-5)
 
 
 @torch.no_grad()

@@ -92,8 +92,7 @@ def _measured(recipe: Recipe, stage: str, steps: int, root: Path) -> dict[str, A
         manifest = run.manifest
     except AlignlabError:
         return None
-    seconds, done = manifest.get("training_seconds"), manifest.get("steps")
-    if not (seconds and done):
+    if not (manifest.training_seconds and manifest.steps):
         return None
-    pace = seconds / done
+    pace = manifest.training_seconds / manifest.steps
     return {"run": str(run.path), "seconds_a_step": round(pace, 2), "hours": float(f"{pace * steps / 3600:.2g}")}

@@ -78,7 +78,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         reference=facts.manifest.reference or facts.reference_name,
         chosen=_chosen(run),
         data=list(_data(facts.manifest.data, facts.settings)),
-        lineage=_lineage(run, facts, made),
+        lineage=_lineage(run, recipe, facts, made),
         cause=CAUSES[made.difference["cause"]],
         differences=list(difference_rows(made.difference)),
         limits=_limits(facts, made),
@@ -156,18 +156,18 @@ def _data(data: Rows | None, settings: Mapping[str, str]) -> Iterator[tuple[str,
         yield "fingerprint of the prepared rows", str(data.fingerprint)
 
 
-def _lineage(run: Run, facts: Mapping[str, Any], made: Made) -> list[str]:
-    manifest = run.manifest
-    base, parent = manifest.get("base") or {}, manifest.get("parent") or {}
-    mark = f"revision `{base['revision']}`" if base.get("revision") else f"weights `{base.get('weights')}`"
-    embedded = " (alignlab's embedded toy model)" if manifest["consumed"]["model"]["name"] == "toy" else ""
-    steps = [f"base: `{base['name']}`{embedded}, {mark}"] if base.get("name") else []
-    if parent.get("run"):
-        steps.append(f"SFT: `{parent['run']}`, weights `{parent['weights']}`")
-    elif parent.get("start"):
-        steps.append(f"start: `{parent['start']}`")
-    kept = facts["kept"] or (f"step {facts['best_step']}" if facts["best_step"] is not None else "the last step")
-    steps.append(f"{facts['stage'].upper()}: `{run.path}`, {kept} of {facts['steps']}, weights `{made.weights}`")
+def _lineage(run: Run, recipe: Recipe, facts: RunFacts, made: Made) -> list[str]:
+    base, parent, steps = facts.manifest.base, facts.manifest.parent, []
+    if base:
+        mark = f"revision `{base.revision}`" if base.revision else f"weights `{base.weights}`"
+        embedded = " (alignlab's embedded toy model)" if recipe.model.name == "toy" else ""
+        steps.append(f"base: `{base.name}`{embedded}, {mark}")
+    if parent and parent.run:
+        steps.append(f"SFT: `{parent.run}`, weights `{parent.weights}`")
+    elif parent:
+        steps.append(f"start: `{parent.start}`")
+    kept = "the last step" if facts.best_step is None else f"step {facts.best_step}"
+    steps.append(f"{facts.stage.upper()}: `{run.path}`, {kept} of {facts.steps}, weights `{made.weights}`")
     return [*steps, f"this export: {made.base_is}"]
 
 

@@ -6,7 +6,6 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +16,7 @@ from alignlab import model as models
 from alignlab import pretrain
 from alignlab.errors import MachineError, ModelError
 from alignlab.recipe import ModelSection, Recipe
-from alignlab.run import Run
+from alignlab.run import Base, Manifest, Run
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,32 @@ def find_trained(run: Run, recipe: Recipe, base: str | None = None) -> Trained:
     if not (run.model / models.ADAPTER_FILE).is_file():
         return Trained(run, recipe.model)
     trained_on = json.loads((run.model / models.ADAPTER_FILE).read_text())["base_model_name_or_path"]
-    base_model, parent = run.manifest.get("base") or {}, run.manifest.get("parent") or {}
-    start = {"name": parent.get("start"), "weights": parent["weights"]} if "weights" in parent else {}
-    recorded = next((known for known in (base_model, start) if known.get("name") == trained_on), {})
-    is_embedded = recipe.model.name == "toy" and recorded is base_model
+    manifest = run.manifest
+    recorded = _recorded(manifest, trained_on)
+    is_embedded = recipe.model.name == "toy" and recorded is not None and recorded is manifest.base
     name = base or (str(pretrain.base_model(recipe.data.toy)) if is_embedded else trained_on)
-    revision = recorded.get("revision")
+    revision = recorded.revision if recorded else None
     section = replace(recipe.model, name=name, revision=revision if name == trained_on else None)
     _check_base(run, section, recorded)
     return Trained(run, section, run.model, trained_on if revision else name, revision, is_embedded)
 
 
-def _check_base(run: Run, section: ModelSection, recorded: dict[str, Any]) -> None:
+def _recorded(manifest: Manifest, trained_on: str) -> Base | None:
+    """What the manifest says of the model that the adapter was trained on."""
+    base, parent = manifest.base, manifest.parent
+    if base and base.name == trained_on:
+        return base
+    if parent and parent.weights and parent.start == trained_on:
+        return Base(name=parent.start, weights=parent.weights)
+    return None
+
+
+def _check_base(run: Run, section: ModelSection, recorded: Base | None) -> None:
     name, remedy = section.name, "put it back, or say with --model where it lies"
-    if ("weights" in recorded or Path(name).is_absolute()) and not Path(name).is_dir():
+    weights = recorded.weights if recorded else None
+    if (weights or Path(name).is_absolute()) and not Path(name).is_dir():
         raise ModelError(f"the base model of {run.path} is gone: there is no folder {name}; {remedy}")
-    if "weights" in recorded and models.weights_hash(Path(name)) != recorded["weights"]:
+    if weights and models.weights_hash(Path(name)) != weights:
         raise ModelError(f"{name} is not the base model that {run.path} was trained on: its weights differ; {remedy}")
     try:
         models.load_config(section)

@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -52,13 +53,14 @@ def main() -> None:
 def figures(root: Path, seed: int, overrides: Sequence[str]) -> dict:
     recipe = load_recipe("tiny", [*(f"{key}={seed}" for key in SEEDED), *overrides])
     manifest = train_dpo(recipe, root=root).manifest
-    test, warnings = manifest["test"], [warning["guard"] for warning in manifest.get("warnings", [])]
-    change = test["perplexity"] / test["reference_perplexity"] - 1
-    seconds = {"training_seconds": manifest["training_seconds"], "sampling_seconds": manifest["sampling_seconds"]}
-    names = ("win_rate", "rewards/accuracies", "rewards/margins")
+    test, warnings = manifest.test, [warning.guard for warning in manifest.warnings]
+    change = test.perplexity / test.reference_perplexity - 1
+    seconds = {"training_seconds": manifest.training_seconds, "sampling_seconds": manifest.sampling_seconds}
     return {
-        **{name: test[name] for name in names},
-        "kl": test["kl"],
+        "win_rate": asdict(test.win_rate),
+        "rewards/accuracies": asdict(test.accuracy),
+        "rewards/margins": asdict(test.margin),
+        "kl": test.kl,
         "perplexity": change,
         **seconds,
         "warnings": warnings,

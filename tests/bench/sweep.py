@@ -133,7 +133,7 @@ def stock_parts(found: list[dict], stock: list[float], steps: int) -> dict[str, 
 
 def ours_parts(runs: list[Run], ours: float, steps: int) -> dict[str, float]:
     """The same of a member, and what all share: imports, data, the reference, and the checks before the first step."""
-    mean = lambda name: sum(run.manifest[f"{name}_seconds"] for run in runs) / len(runs)
+    mean = lambda name: sum(getattr(run.manifest, f"{name}_seconds") for run in runs) / len(runs)
     rows = [row for run in runs for row in run.metrics()]
     evaluating = sum(row.get("eval/runtime", 0) for row in rows) / len(runs)
     training, sampling, figures = mean("training"), mean("sampling"), mean("figures")
