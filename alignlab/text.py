@@ -45,6 +45,11 @@ class WinRate(Estimate):
         return WinRate(other.mean, other.stderr, other.n, other.low, other.high, self.losses, self.ties, self.wins)
 
 
+def counts_of(of: Estimate | None) -> str:
+    """The counts of a win rate; empty of any other figure."""
+    return of.counts if isinstance(of, WinRate) else ""
+
+
 def turned(share: Estimate) -> Estimate:
     """The share of the other side."""
     low, high = (None if edge is None else 1 - edge for edge in (share.high, share.low))
@@ -89,8 +94,7 @@ def figure(estimate: Estimate, unit: str = "") -> str:
     error = estimate.stderr
     spread = "" if error is None else f" ± {percent(error) if is_share else f'{error:.2g}'}"
     sample = [f"n={estimate.n:,}"] if estimate.n else []
-    if isinstance(estimate, WinRate) and estimate.counts:
-        sample.append(estimate.counts)
+    sample += [counts] if (counts := counts_of(estimate)) else []
     shown = percent(estimate.mean) if is_share else number(estimate.mean)
     return shown + spread + (f" ({'; '.join(sample)})" if sample else "")
 
@@ -145,9 +149,11 @@ def _line(row: Row, names: Sequence[str], change_of: str | None) -> list[str]:
     moved = f"{_cell(change, '+') + ('*' if beyond_chance(change) else ' '):>{CHANGE}}" if change_of else ""
     sizes = {row.values[name].n for name in names if name in row.values} - {None}
     n = str(sizes.pop()) if len(sizes) == 1 else ""
-    if len(label) > LABEL:
-        return [*textwrap.wrap(label, WIDTH, subsequent_indent="  "), f"{'':{LABEL}}{cells}{moved}{n:>{COUNT}}"]
-    return [f"{label:{LABEL}}{cells}{moved}{n:>{COUNT}}"]
+    counts = [f"    {name}: {said}" for name in names if (said := counts_of(row.values.get(name)))]
+    if len(label) <= LABEL:
+        return [f"{label:{LABEL}}{cells}{moved}{n:>{COUNT}}", *counts]
+    above = textwrap.wrap(label, WIDTH, subsequent_indent="  ")
+    return [*above, f"{'':{LABEL}}{cells}{moved}{n:>{COUNT}}", *counts]
 
 
 def _cell(estimate: Estimate | None, sign: str = "") -> str:

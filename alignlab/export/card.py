@@ -149,7 +149,7 @@ def _data(data: Rows | None, settings: Mapping[str, str]) -> Iterator[tuple[str,
     yield "source", ", ".join(f"{name} {value}" for name, value in written.items() if value)
     if data:
         kept = ", ".join(f"{count:,} {split}" for split, count in data.kept.items())
-        yield "rows read", f"{data.rows:,}"
+        yield "rows read", "not recorded" if data.rows is None else f"{data.rows:,}"
         yield "pairs kept", f"{sum(data.kept.values()):,} ({kept})"
         for what, reasons in (("dropped", data.dropped), ("repaired", data.repaired)):
             yield what, ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "none"

@@ -30,7 +30,7 @@ from alignlab.report.replies import MOST_ROWS, Replies, judged_replies, sampled_
 from alignlab.report.rows import compare_rows, own_rows
 from alignlab.report.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
 from alignlab.run import Examination, Run
-from alignlab.text import SHARE, Row, WinRate, harmless, number, publishable
+from alignlab.text import SHARE, Row, counts_of, harmless, number, publishable
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def page_of_runs(paths: Sequence[Path]) -> Page:
     kept, called = judged_together(runs)
     said = compare_verdict(runs, called, kept.found if kept else None)
     title = f"{len(runs)} runs compared"
-    columns, rows = compare_rows(runs)
+    columns, rows = compare_rows(runs, kept.found if kept else None, called)
     return _page("compare", runs, said, title, columns, rows, kept, ())
 
 
@@ -139,7 +139,7 @@ def _page(
     kept: Kept | None,
     others: Sequence[Kept],
 ) -> Page:
-    alike = len({run.stage for run in runs}) == 1
+    of_stage = [run for run in runs if run.stage == "dpo"] or list(runs)
     return Page(
         kind=kind,
         recipe=runs[0].recipe if runs else "",
@@ -148,7 +148,7 @@ def _page(
         runs=runs,
         notices=list(_notices(kind, runs)),
         differences=list(_differences(runs)),
-        charts=draw_up(runs, [run.rows for run in runs]) if alike else [],
+        charts=draw_up(of_stage, [run.rows for run in of_stage]) if of_stage else [],
         frontiers=(),
         sweep=None,
         evaluation=kept,
@@ -355,7 +355,7 @@ def _template():
         lstrip_blocks=True,
     )
     environment.filters |= {"public": publishable, "figure": _figure, "signed": _signed, "in_groups": _in_groups}
-    environment.globals |= {"is_win_rate": lambda value: isinstance(value, WinRate), "most_rows": MOST_ROWS}
+    environment.globals |= {"counts_of": counts_of, "most_rows": MOST_ROWS}
     return environment.get_template("report.html.jinja")
 
 
@@ -426,7 +426,7 @@ def _data_rows(run: RunFacts) -> dict[str, str]:
     pairs = ", ".join(f"{count:,} {split}" for split, count in rows.kept.items())
     return {
         "source": source,
-        "rows read": f"{rows.rows:,}",
+        "rows read": "not recorded" if rows.rows is None else f"{rows.rows:,}",
         "pairs kept": f"{sum(rows.kept.values()):,} ({pairs})",
         "rows dropped": _counts(rows.dropped),
         "repaired": _counts(rows.repaired),

@@ -6,19 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignlab.estimate import Estimate
+from alignlab.facts.evaluation import Evaluation
 from alignlab.facts.runs import Evaluated, RunFacts
 from alignlab.facts.sweep import group_by_setting, over_seeds
 from alignlab.text import SHARE, Row
 
-REWARD = "the reward that DPO's probabilities imply: how much likelier than before DPO a reply is"
+REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier DPO has made it"
 NATS = "how far the replies have moved; 1 nat is a factor of 2.7 in probability"
+PERPLEXITY = ("perplexity", "perplexity of chosen", "", "lower", "")
 TEST = (  # figure, what it is called, unit, which side is better, what it is
-    ("accuracy", "accuracy of the implicit reward", SHARE, "higher", REWARD),
-    ("margin", "reward margin", "", "higher", "chosen minus rejected"),
-    ("perplexity", "perplexity of chosen replies", "", "lower", ""),
-    ("kl", "KL from the reference", "nats per reply", None, NATS),
-    ("reply_tokens", "reply length", "tokens", None, ""),
-    ("eos_rate", "replies that end by themselves", SHARE, None, ""),
+    ("accuracy", "accuracy", SHARE, "higher", REWARD),
+    ("margin", "margin", "", "higher", "chosen minus rejected reward"),
+    PERPLEXITY,
+    ("kl", "KL per reply", "nats", None, NATS),
+    ("reply_tokens", "length", "tokens", None, ""),
+    ("eos_rate", "ended by itself", SHARE, None, "an EOS or the next turn, not the limit"),
 )
 VALIDATION = ("perplexity", "reply_tokens", "eos_rate")
 
@@ -29,7 +31,7 @@ def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
     rows = [_row("test split", figure, {ours: getattr(run.test, figure[0])}) for figure in TEST]
     if run.test.reference_perplexity:
         values = {before: run.test.reference_perplexity, ours: run.test.perplexity}
-        rows[2] = _row("test split", TEST[2], values)
+        rows[TEST.index(PERPLEXITY)] = _row("test split", PERPLEXITY, values)
     if run.win_rate:
         called = ("win_rate", f"win rate over {run.versus}", SHARE, "higher", run.judge or "")
         rows.insert(0, _row("test split", called, {ours: run.win_rate}))
@@ -43,8 +45,13 @@ def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
     return [name for name in at if any(name in row.values for row in rows)], rows
 
 
-def compare_rows(runs: Sequence[RunFacts]) -> tuple[list[str], list[Row]]:
-    """The runs' figures on the test split, one column a run; seeds of one setting are one column."""
+def compare_rows(
+    runs: Sequence[RunFacts], found: Evaluation | None, called: Mapping[str, str]
+) -> tuple[list[str], list[Row]]:
+    """The runs' figures on the test split, one column a run; seeds of one setting are one column.
+
+    Where they were judged side by side, as they are `called` in that evaluation, each one's win rate over the first.
+    """
     groups = group_by_setting(runs, lambda run: {**run.settings, "stage": run.stage})
     names = [_group_name(its) for its in groups]
 
@@ -54,8 +61,13 @@ def compare_rows(runs: Sequence[RunFacts]) -> tuple[list[str], list[Row]]:
             values[name] = value_of(its[0]) if len(its) == 1 else over_seeds([value_of(run) for run in its])
         return _row("test split", figure, values)
 
-    note = "each over what it started from: these do not compare the runs with each other"
-    rows = [across(("win_rate", "win rate over its own start", SHARE, "higher", note), lambda run: run.win_rate)]
+    first = next((run for run in runs if run.name in called), None)
+    rows = []
+    if found and first:
+        over = ("", f"win rate over {first.label or first.name}", SHARE, "higher", "judged side by side")
+        rows.append(across(over, lambda run: found.over(called.get(run.name, ""), called[first.name])))
+    note = "each over what it started from: this does not compare the runs with each other"
+    rows.append(across(("", "win rate over its own start", SHARE, "higher", note), lambda run: run.win_rate))
     rows += [across(figure, lambda run, name=figure[0]: getattr(run.test, name)) for figure in TEST]
     return names, [row for row in rows if row.values]
 

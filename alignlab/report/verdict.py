@@ -14,7 +14,7 @@ from alignlab.facts.runs import RunFacts
 from alignlab.facts.sweep import Sweep
 from alignlab.guards import UNMOVED, alarms
 from alignlab.recipe import KLSection, MonitorSection
-from alignlab.text import WinRate, number, percent
+from alignlab.text import counts_of, number, percent
 
 CHANCE = 0.5
 MOST_WORDS = 25  # of a headline
@@ -90,7 +90,7 @@ def _with_signs(said: str, found: Sequence[str]) -> str:
 
 
 def _of_wins(run: RunFacts, wins: Estimate) -> str:
-    counts = f": {wins.counts}" if isinstance(wins, WinRate) and wins.counts else ""
+    counts = f": {said}" if (said := counts_of(wins)) else ""
     of = f" of {wins.n:,} comparisons" if wins.n else ""
     if side(wins) == 0:
         return f"It cannot be told whether DPO's replies are better than {run.versus}'s{counts}{of}"
@@ -180,7 +180,7 @@ def _win_rate(run: RunFacts) -> Iterator[str]:
     if not wins:
         return
     by = f" {run.judge}" if run.judge else ""
-    counts = f"{wins.counts}; " if isinstance(wins, WinRate) and wins.counts else ""
+    counts = f"{said}; " if (said := counts_of(wins)) else ""
     n = f" of {_count(wins)}comparisons" if wins.n else ""
     yield f"Win rate over {run.versus}{by}: {percent(wins.mean)}{n} ({counts}{_how_sure(wins)}; a tie counts half)."
     same, replies = _same_replies(run)
@@ -325,7 +325,7 @@ def _own_win_rates(runs: Sequence[RunFacts]) -> Iterator[str]:
     """Each run against what it started from, which compares no run with another."""
     for run in runs:
         if run.win_rate:
-            counts = f", {run.win_rate.counts}" if isinstance(run.win_rate, WinRate) and run.win_rate.counts else ""
+            counts = f", {said}" if (said := counts_of(run.win_rate)) else ""
             yield f"{_shown(run)} over its own {run.versus}: {percent(run.win_rate.mean)}{counts}."
 
 
