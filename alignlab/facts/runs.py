@@ -27,7 +27,7 @@ OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sa
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestFigures:
+class OnTest:
     """A run's own figures on the test split, with their intervals as far as their errors are known."""
 
     accuracy: Estimate | None = None
@@ -64,7 +64,7 @@ class RunFacts:
     steps: int | None
     planned_steps: int | None
     silent_seconds: int | None  # since the last logged step
-    test: TestFigures
+    test: OnTest
     win_rate: Estimate | WinRate | None  # over `versus`
     judge: str | None  # in words
     versus: str
@@ -203,10 +203,10 @@ def read_run(path: Path) -> RunFacts:
     )
 
 
-def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> TestFigures:
+def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> OnTest:
     test = manifest.test
     if test is None:
-        return TestFigures()
+        return OnTest()
     replies = sum(row.get("split") == "test" for row in samples) or None
 
     def single(name: str) -> Estimate | None:
@@ -216,7 +216,7 @@ def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> TestFigur
         return None if value is None else Estimate(value, error, n).with_interval(share=name == "eos_rate")
 
     names = ("perplexity", "reference_perplexity", *OVER_REPLIES)
-    return TestFigures(
+    return OnTest(
         accuracy=test.accuracy and test.accuracy.with_interval(share=True),
         margin=test.margin and test.margin.with_interval(),
         **{name: single(name) for name in names},
@@ -289,7 +289,7 @@ def _before(path: Path, manifest: Manifest) -> Evaluated | None:
 
 def _targets(
     manifest: Manifest,
-    test: TestFigures,
+    test: OnTest,
     win_rate: Estimate | None,
     found: Evaluation | None,
     settings: Mapping[str, str],

@@ -134,7 +134,7 @@ def sampled_replies(runs: Sequence[RunFacts]) -> Replies:
     rule = (
         f"To {len(cases)} {runs[0].samples_split} prompts, sampled in training; nobody judged them (alignlab eval does)"
     )
-    far = sorted((case for case in cases if case.ahead), key=lambda case: -case.ahead)
+    far = sorted(cases, key=lambda case: -case.ahead) if any(case.ahead for case in cases) else []
     half = min(SHOWN, (len(far) + 1) // 2)
     picked = [Picked("Furthest from the reference, by KL", far[:half])] if far else []
     picked += [Picked("Nearest to the reference", far[half:][-half:][::-1])] if len(far) > 1 else []
