@@ -174,6 +174,7 @@ def read_run(path: Path) -> RunFacts:
     test, evaluated = _test(manifest, samples), [row for row in rows if "eval/loss" in row]
     kept = [row for row in evaluated if row["step"] == manifest.best_step]
     settings = _settings(run, manifest)
+    examination, found_nothing = _examination(run, manifest)
     win_rate, judge, versus = _win_rate(manifest, evaluation)
     return RunFacts(
         name=path.resolve().name,
@@ -194,10 +195,10 @@ def read_run(path: Path) -> RunFacts:
         evaluation=evaluation,
         others=[each for each in all_evaluations(path) if each.found != evaluation],
         targets=_targets(manifest, test, win_rate, evaluation, settings),
-        examination=_examination(run, manifest),
+        examination=examination,
         settings=settings,
         recipe_text=_recipe_text(run, manifest),
-        notices=notices,
+        notices=[*notices, *found_nothing],
         rows=rows,
         samples=samples,
     )
@@ -228,7 +229,7 @@ def _win_rate(manifest: Manifest, found: Evaluation | None) -> tuple[Estimate | 
 
     As `alignlab eval` judged it, else by the toy's rule.
     """
-    model = _section(manifest, "model")
+    model = section(manifest, "model")
     start = "the model it started from" if model.get("start") else "SFT"
     judged = found.over("dpo", found.against) if found and manifest.stage == "dpo" else None
     if judged:
@@ -245,14 +246,14 @@ def _judge_in_words(judge: str | None) -> str | None:
     return words.get(kind, judge)
 
 
-def _section(manifest: Manifest, name: str) -> Mapping[str, Any]:
+def section(manifest: Manifest, name: str) -> Mapping[str, Any]:
     found = manifest.consumed.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _planned_steps(manifest: Manifest, rows: Sequence[MetricRow]) -> int | None:
     """`max_steps`, or what the epochs come to by the last logged step; none where neither is known."""
-    settings = _section(manifest, manifest.stage)
+    settings = section(manifest, manifest.stage)
     if is_number(most := settings.get("max_steps")) and most > 0:
         return int(most)
     epochs = settings.get("num_train_epochs")
@@ -311,13 +312,16 @@ def _written_targets(settings: Mapping[str, str]) -> TargetsSection:
     return TargetsSection(**{name: json.loads(value) for name, value in written.items() if value is not None})
 
 
-def _examination(run: Run, manifest: Manifest) -> Examination | None:
-    """What `alignlab data` has found in these very rows, where it was asked."""
+def _examination(run: Run, manifest: Manifest) -> tuple[Examination | None, list[str]]:
+    """What `alignlab data` has found in these very rows, where it was asked; or why it cannot be shown."""
     file = run.path.parent / EXAMINATION
     if not manifest.data or not manifest.data.fingerprint or not file.is_file():
-        return None
-    found = typed.read_file(Examination, file, f"make it anew with alignlab data {run.path.parent.name}")
-    return found if found.fingerprint == manifest.data.fingerprint else None
+        return None, []
+    try:
+        found = typed.read_file(Examination, file, f"make it anew with alignlab data {run.path.parent.name}")
+    except RunError as e:
+        return None, [str(e)]
+    return (found if found.fingerprint == manifest.data.fingerprint else None), []
 
 
 def _recipe_text(run: Run, manifest: Manifest) -> str:

@@ -23,7 +23,7 @@ from alignlab.disk import write_text
 from alignlab.errors import RunError
 from alignlab.facts import sweep as sweeps
 from alignlab.facts.evaluation import FILE, Evaluation, Kept, read_evaluation
-from alignlab.facts.runs import RunFacts, judged_together, read_run, seconds_between
+from alignlab.facts.runs import RunFacts, judged_together, read_run, seconds_between, section
 from alignlab.facts.sweep import Sweep, read_sweep, sweep_rows
 from alignlab.report.curves import Chart, Frontier, Member, draw_up
 from alignlab.report.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
@@ -334,6 +334,7 @@ def render(page: Page, file: Path) -> str:
         "about": _about(runs[0]) if page.kind == "run" else "",
         "targets": runs[0].targets if page.kind == "run" else (),
         "warnings": [(run, warning) for run in runs for warning in run.warnings],
+        "eval_warnings": page.evaluation.found.warnings if page.evaluation else (),
         "data_rows": _by_name(runs, _data_rows),
         "where_rows": _by_name(runs, _where_rows),
         "examination": examination,
@@ -388,14 +389,15 @@ def _signed(value: float, unit: str) -> str:
 
 def _about(run: RunFacts) -> str:
     """Model, data, date and machine, in a line."""
-    manifest, settings = run.manifest, run.settings
-    model = json.loads(settings.get("model.name", "null")) or (manifest.base.name if manifest.base else "")
-    data = json.loads(settings.get("data.path", "null")) or json.loads(settings.get("data.source", "null"))
+    manifest = run.manifest
+    model, data = section(manifest, "model"), section(manifest, "data")
+    source = data.get("path") or data.get("source")
     pairs = manifest.data.kept.get("train") if manifest.data else None
-    said = [f"model: {model}", f"data: {data}{f', {pairs:,} training pairs' if pairs else ''}"]
+    trained_on = ", ".join([*([str(source)] if source else []), *([f"{pairs:,} training pairs"] if pairs else [])])
+    named = {"model": model.get("name"), "data": trained_on}
+    said = [f"{name}: {value}" for name, value in named.items() if value]
     said += [manifest.started[:10]] if manifest.started else []
-    said += [", ".join(_machine(run))]
-    return publishable("; ".join(each for each in said if each))
+    return publishable("; ".join([*said, ", ".join(_machine(run))]))
 
 
 def _machine(run: RunFacts) -> list[str]:
