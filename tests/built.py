@@ -6,7 +6,7 @@ from typing import Any
 
 from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import Comparison, Evaluation, ModelFacts
-from alignlab.facts.runs import Evaluated, RunFacts, OnTest
+from alignlab.facts.runs import Evaluated, OnTest, RunFacts
 from alignlab.run import Limits, Manifest, Warned
 from alignlab.text import WinRate
 
@@ -31,7 +31,9 @@ def wins(won: int, tied: int, lost: int) -> WinRate:
 def run_facts(**facts: Any) -> RunFacts:
     """A finished DPO run; whatever belongs to its manifest may be named like anything else."""
     manifest = {**MANIFEST, "limits": LIMITS}
-    manifest |= {name: facts.pop(name) for name in list(facts) if name in Manifest.__dataclass_fields__ and name != "test"}
+    manifest |= {
+        name: facts.pop(name) for name in list(facts) if name in Manifest.__dataclass_fields__ and name != "test"
+    }
     its = {
         "name": "dpo",
         "recipe": "tiny",

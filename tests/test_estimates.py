@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import mean_estimate
-from alignlab.estimate import Estimate
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.evaluate.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
 from alignlab.quality import distinct
 

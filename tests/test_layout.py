@@ -19,10 +19,11 @@ from alignlab.fields import library_settings
 
 PACKAGE = Path(alignlab.__file__).parent
 ORDER = (
-    "errors disk typed estimate rules fields store written recipe listing arguments launch guards run quality summary "
+    "errors disk typed estimate text rules fields store written recipe listing arguments launch guards run quality "
     "transcript files words format prompts refusals toy "
     "plan.shapes plan.tape plan.layers plan.memory plan "
-    "report.curves report.verdict report.replies report.reading report.facts report.charts report.pictures report "
+    "facts facts.logs facts.evaluation facts.sweep facts.runs "
+    "report report.curves report.verdict report.rows report.replies report.charts report.find report.page summary "
     "data.rows data.sources data.splits data.pairing data.ledger data.prepared data.identity data.preparation data "
     "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.doubles doctor.near doctor.texts "
     "doctor.damage doctor.shortcuts "
@@ -31,10 +32,10 @@ ORDER = (
     "sweep sweep.members sweep.choice sweep.runner "
     "export.chat export.card export.merge export.difference export.hub export "
     "lineup "
-    "evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.kept evaluate.candidates "
+    "evaluate evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.kept evaluate.candidates "
     "evaluate.answers evaluate.estimates evaluate.harm evaluate.stereotypes "
     "evaluate.watch evaluate.preference evaluate.contests evaluate.safety evaluate.benchmarks evaluate.scoreboard "
-    "evaluate "
+    "evaluate.evaluator "
     "options cli __main__"
 ).split()
 TREES = {
@@ -45,7 +46,7 @@ TREES = {
 }
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
 LIGHT = (
-    *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "report"),
+    *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "facts.runs", "report.page"),
     *("run", "summary", "sweep.choice", "toy", "transcript"),
 )
 SECTIONS = [each for name, each in vars(recipe).items() if name.endswith("Section")]

@@ -28,8 +28,8 @@ def test_better():
     assert said.headline == "DPO's replies are better than SFT's: 24 wins, 4 ties, 4 losses of 32 comparisons."
     assert str(said).endswith(
         "Win rate over SFT by the toy's rule: 81% of 32 comparisons (24 wins, 4 ties, 4 losses; 95% interval 66% to "
-        "92%; chance is 50%; a tie counts half). The KL from the reference is 0.53 nats per reply (95% interval 0.45 to "
-        "0.61). No guard warned."
+        "92%; chance is 50%; a tie counts half). The KL from the reference is 0.53 nats per reply (95% interval "
+        "0.45 to 0.61). No guard warned."
     )
 
 
@@ -77,7 +77,9 @@ def test_replies_equal_to_the_references_are_no_success():
     said = verdict(run_facts(test=test, samples=same(32, 32)))
     assert said.headline == "DPO changed nothing: all 32 replies are the same as SFT's, letter by letter."
     assert "100% of 250" in str(said)
-    assert headline(test=test, samples=same(30, 32)).startswith("DPO changed almost nothing: its replies are 5e-06 nats")
+    assert headline(test=test, samples=same(30, 32)).startswith(
+        "DPO changed almost nothing: its replies are 5e-06 nats"
+    )
 
 
 def test_replies_that_eval_found_equal_are_no_success():
@@ -188,12 +190,17 @@ def test_a_warning_is_in_the_sentences():
 def test_failed():
     said = verdict(run_facts(status="failed", steps=40, stop_reason="RuntimeError: out of memory", test=OnTest()))
     assert said.headline == "This run failed at step 40 of 200."
-    assert "It ended with: RuntimeError: out of memory. At its last evaluation, step 200: held-out accuracy" in str(said)
+    assert "It ended with: RuntimeError: out of memory. At its last evaluation, step 200: held-out accuracy" in str(
+        said
+    )
 
 
 def test_failed_before_anything_was_logged():
     said = verdict(run_facts(status="failed", steps=None, stop_reason="OSError: x", test=OnTest(), last=None))
-    assert str(said) == "This run failed before the first logged step. It ended with: OSError: x. Nothing was measured yet."
+    assert (
+        str(said)
+        == "This run failed before the first logged step. It ended with: OSError: x. Nothing was measured yet."
+    )
 
 
 def test_running():

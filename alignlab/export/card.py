@@ -76,7 +76,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         evaluation=facts.evaluation,
         targets=facts.targets,
         reference=facts.manifest.reference or facts.reference_name,
-        chosen=_chosen(run),
+        chosen=chosen_from(run),
         data=list(_data(facts.manifest.data, facts.settings)),
         lineage=_lineage(run, recipe, facts, made),
         cause=CAUSES[made.difference["cause"]],
@@ -130,7 +130,7 @@ def _table(facts: RunFacts) -> str:
     return as_markdown([row for row in rows if row.group != "accuracy by slice"], names) if rows else ""
 
 
-def _chosen(run: Run) -> str | None:
+def chosen_from(run: Run) -> str | None:
     """That the run was chosen among others, which its figures must be read with; only those that were trained count."""
     file = run.path.parent / sweeps.FILE
     sweep = read_sweep(file) if file.is_file() else None

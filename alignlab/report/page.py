@@ -196,6 +196,9 @@ def _lacking(member: sweeps.SweepMember, folder: Path, there: Sequence[sweeps.Sw
 
 def _differences(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str | None]]]:
     """The settings whose values are not the same in all runs; none where a recipe has none of that name."""
+    stages = [run.stage for run in runs]
+    if len(set(stages)) > 1:
+        yield "stage", stages
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     ranks = {name: rank for rank, name in enumerate(FIRST)}
     for key in sorted(keys, key=lambda key: ranks.get(key.partition(".")[0], len(FIRST))):
@@ -413,7 +416,8 @@ def _by_name(runs: Sequence[RunFacts], rows_of) -> list[tuple[str, list[str]]]:
     """Rows of names and values, one column a run; a row in which no run has a value is left out."""
     found = [rows_of(run) for run in runs]
     rows = [("run", [run.name for run in runs])] if len(runs) > 1 else []
-    rows += [(name, [its[name] or "" for its in found]) for name in (found[0] if found else ())]
+    names = dict.fromkeys(name for its in found for name in its)
+    rows += [(name, [its.get(name) or "" for its in found]) for name in names]
     return [(name, values) for name, values in rows if any(values)]
 
 
