@@ -103,11 +103,8 @@ def places(tree, path=()) -> list[tuple]:
     return [(*path, key) for key, _ in items] + [p for key, its in items for p in places(its, (*path, key))]
 
 
-@given(st.sampled_from(places(PLAIN)), ANYTHING, st.booleans())
-@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_evaluation_of_another_hand_is_shown_or_refused_in_one_line(tmp_path, place, value, remove):
-    """Any value at any place, or none: never a traceback, neither in reading nor on the page."""
-    run = prepared(tmp_path)
+def changed(place: tuple, value, remove: bool):
+    """The evaluation with any value at any place, or with nothing there."""
     tree = copy.deepcopy(PLAIN)
     at = tree
     for key in place[:-1]:
@@ -116,6 +113,27 @@ def test_an_evaluation_of_another_hand_is_shown_or_refused_in_one_line(tmp_path,
         del at[place[-1]]
     else:
         at[place[-1]] = value
+    return tree
+
+
+OF_ANOTHER_HAND = st.builds(changed, st.sampled_from(places(PLAIN)), ANYTHING, st.booleans())
+QUICKLY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@given(OF_ANOTHER_HAND)
+@settings(max_examples=300, **QUICKLY)
+def test_an_evaluation_of_another_hand_is_read_or_refused_in_one_line(tmp_path, tree):
+    file = written(tmp_path, tree)
+    try:
+        assert isinstance(read_evaluation(file), Evaluation)
+    except RunError as error:
+        assert str(file) in str(error) and "\n" not in str(error)
+
+
+@given(OF_ANOTHER_HAND)
+@settings(max_examples=25, **QUICKLY)
+def test_the_page_of_an_evaluation_of_another_hand_is_written_or_refused_in_one_line(tmp_path, tree):
+    run = prepared(tmp_path)
     written(run, tree)
     try:
         page = write_report(run)
@@ -126,7 +144,7 @@ def test_an_evaluation_of_another_hand_is_shown_or_refused_in_one_line(tmp_path,
 
 
 @given(st.binary(max_size=40))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, **QUICKLY)
 def test_a_file_that_is_no_json_is_refused_in_one_line(tmp_path, content):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(RunError) as error:

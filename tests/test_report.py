@@ -183,7 +183,7 @@ def test_the_page_says_it_all_from_top_to_bottom(tmp_path):
         "model: toy; data: toy, 80 training pairs",
         "Win rate over SFT by the toy's rule",
     ]
-    order += ["KL says how far", "target wanted measured outcome", "win rate over the reference above 60.0%"]
+    order += ["KL says how far", "target wanted measured outcome", "win rate above 60.0%"]
     order += ["perplexity of chosen lower is better", "A ring marks the step whose weights were kept", "Reward margin"]
     order += ["Furthest from the reference", "A random draw", "All of them: the replies to 6 prompts"]
     order += ["rows dropped", "10: empty reply 10", "kept weights", "CPU-hours", "The command that repeats it"]

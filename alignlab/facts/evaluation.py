@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 PERPLEXITY = "perplexity of chosen"  # the row of the table
 TARGETS = {  # name in the recipe's evaluate.targets → what it is called, its unit, and on which side of it to be
-    "win_rate": ("win rate over the reference", SHARE, "above"),
+    "win_rate": ("win rate", SHARE, "above"),
     "margin": ("reward margin", "", "above"),
-    "accuracy": ("accuracy of the reward", SHARE, "above"),
+    "accuracy": ("reward accuracy", SHARE, "above"),
     "kl": ("KL, nats per reply", "", "below"),
     "perplexity": ("change of perplexity", SHARE, "within"),
 }

@@ -38,11 +38,11 @@ def last_run(recipe: str) -> Path:
 
 
 def runs_to_compare(names: Sequence[str]) -> list[Path]:
-    """Each name's last run; of one recipe or folder of runs alone, all of its runs."""
+    """Each name's last run; of one recipe or folder of runs alone all of its runs, SFT first, as they were started."""
     if len(names) > 1:
         return [last_run(name) for name in names]
     folder = runs_folder(names[0])
-    runs = [] if Run(folder).has_started else sorted(_runs_in(folder), key=_started)
+    runs = [] if Run(folder).has_started else sorted(_runs_in(folder), key=_sft_first)
     return runs if len(runs) > 1 else [last_run(names[0])]
 
 
@@ -63,6 +63,10 @@ def _named(folder: Path, name: str) -> Path:
 
 def _runs_in(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.glob("*/manifest.json"))
+
+
+def _sft_first(path: Path) -> tuple[bool, str, str]:
+    return Run(path).manifest.stage != "sft", _started(path), path.name
 
 
 def _started(path: Path) -> str:
