@@ -39,7 +39,7 @@ def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, 
         "disable_tqdm": not sys.stderr.isatty(),
         **section,
         "output_dir": str(here.folder),
-        "report_to": [] if os.environ.get("WANDB_MODE") == "disabled" else ["wandb"],
+        "report_to": [] if wandb_is_off() else ["wandb"],
         "use_cpu": here.on_cpu,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
@@ -55,6 +55,12 @@ def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, 
         "dataloader_pin_memory": not here.on_cpu,
         **skip_preparation,
     }
+
+
+def wandb_is_off() -> bool:
+    """Whether nothing is to be logged to wandb, by its own variable or by transformers' older one."""
+    disabled = os.environ.get("WANDB_DISABLED", "").upper() in ("1", "ON", "YES", "TRUE")
+    return disabled or os.environ.get("WANDB_MODE") == "disabled"
 
 
 def _eval_steps(recipe: Recipe, stage: str, here: Circumstances) -> int | None:

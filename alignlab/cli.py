@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
-import json
+import io
 import logging
 import os
 import sys
@@ -12,16 +13,18 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
-from alignlab.errors import AlignlabError
+from alignlab.errors import AlignlabError, RecipeError
+from alignlab.launch import Killed, leave
 from alignlab.options import read_arguments
+from alignlab.text import harmless, harmless_json, one_line
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "WANDB_ERROR_REPORTING": "false",
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
-    "WANDB_SILENT": "true",  # the run directory says where things are; wandb's banner says it again
 }
 
 
@@ -31,16 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update({name: value for name, value in quiet.items() if name not in os.environ})
     _configure_logging()
     args = read_arguments(argv)
+    if getattr(args, "json", False) and os.environ.get("WANDB_MODE") == "offline":
+        _import_transformers_unheard()
     try:
         return CALLS[args.command](args) or 0
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
+    except Killed as e:
+        return _say(f"{e}; the same command goes on from the last checkpoint", 128 + e.number)
     except AlignlabError as e:
-        return _fail(str(e), args)
+        faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
+        return _fail("\n".join(faults), args)
     except Exception as e:
         if not _is_full_disk(e):
             raise
         return _fail("no space left on the disk; make room, and the same command goes on from where it was", args)
+    finally:
+        leave()
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -49,19 +59,27 @@ def _list(args: argparse.Namespace) -> None:
     found = list_recipes()
     width = max(len(name) for name, _, _ in found)
     for name, about, _ in found:
-        print(f"{name:{width}}  {about}")
+        _print(f"{name:{width}}  {one_line(about)}")
 
 
 def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab.arguments import Circumstances, trl_arguments
-    from alignlab.listing import show_arguments, show_recipe
+    from alignlab.listing import recipe_facts, show_arguments, show_recipe
     from alignlab.recipe import run_name
 
-    print(show_recipe(recipe))
+    arguments = {}
     for stage in ("sft", "dpo"):
         here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
-        print("\n" + show_arguments(stage, trl_arguments(recipe, stage, here), recipe))
+        arguments[stage] = trl_arguments(recipe, stage, here)
+    if args.json:
+        from alignlab.train import stops_of
+
+        _print(harmless_json({**recipe_facts(recipe, arguments), "stops": stops_of(recipe)}))
+        return
+    _print(show_recipe(recipe))
+    for stage, given in arguments.items():
+        _print("\n" + show_arguments(stage, given, recipe))
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -72,52 +90,54 @@ def _data(args: argparse.Namespace) -> int:
     from alignlab.data import write_pairs
     from alignlab.doctor.examination import examine, write_examination
     from alignlab.doctor.page import render
+    from alignlab.format import Format
+    from alignlab.model import find_stops
+    from alignlab.prompts import texts_of
     from alignlab.train import prepare_data
 
     tokenizer, pairs = prepare_data(recipe)
     if args.out:
         write_pairs(pairs, Path(args.out))
-    examination = examine(pairs, recipe, tokenizer, [Path(file) for file in args.prompts])
+    asked = {Path(file).name: texts_of(Path(file), args.prompt_column) for file in args.prompts}
+    stops = find_stops(recipe.model, Format(recipe.data.format, tokenizer)).said
+    examination = {**examine(pairs, recipe, tokenizer, asked), "stops": stops}
     kept = write_examination(examination, Path("runs") / recipe.name)
-    print(json.dumps(examination, ensure_ascii=False) if args.json else f"{render(examination)}\n\n{kept}")
+    _print(harmless_json(examination) if args.json else f"{render(examination)}\n\n{kept}")
     failed = failures(examination["findings"], limits)
     return _say("\n".join(f"data: {line}" for line in failed), 1) if failed else 0
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report.find import find_runs, runs_folder
+    from alignlab.report.find import find_runs
     from alignlab.report.page import write_report
+    from alignlab.run import find_run
 
-    paths = [] if args.best else find_runs(args.recipe, args.run)
-    if args.best:
-        from alignlab.sweep.choice import chosen_run
-
-        paths = [chosen_run(runs_folder(args.recipe))]
+    paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
     for path in paths:
-        print(write_report(path, Path(args.figures) if args.figures else None))
+        _print(write_report(path, Path(args.figures) if args.figures else None))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from alignlab.text import check_table, write_table
+    from alignlab.tables import check_table, write_table
 
     check_table(args.table)
     from alignlab.report.find import runs_to_compare
     from alignlab.report.page import page_of_runs, write_comparison
 
     paths = runs_to_compare(args.runs)
-    out, figures = (Path(name) if name else None for name in (args.out, args.figures))
     if args.table:
         page = page_of_runs(paths)
         write_table(Path(args.table), page.rows, page.columns)
-        print(args.table)
-    print(write_comparison(paths, out, figures))
+        _print(args.table)
+    out, figures = (Path(name) if name else None for name in (args.out, args.figures))
+    _print(write_comparison(paths, out, figures))
 
 
 def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
-    from alignlab.text import check_table, write_table
+    from alignlab.tables import check_table, write_table
 
     check_table(args.table)
     from alignlab.evaluate.evaluator import Options, evaluate
@@ -129,17 +149,17 @@ def _eval(args: argparse.Namespace) -> None:
     paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed")}
+    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
     targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
     options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
     file = evaluate(runs, options)
     found = read_evaluation(file)
-    print(show(found, file))
+    _print(show(found, file))
     if args.table:
         write_table(Path(args.table), found.table, found.names)
-        print(args.table)
+        _print(args.table)
     if (folder_of(runs) / "manifest.json").is_file():
-        print(report_line(folder_of(runs)))
+        _print(report_line(folder_of(runs)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -151,12 +171,12 @@ def _plan(args: argparse.Namespace) -> None:
     if not args.probe:
         page = plan_facts if args.json else show_plan
         found = page(recipe, stages, gpus, cuda=cuda)
-        print(json.dumps(found, ensure_ascii=False) if args.json else found)
+        _print(harmless_json(found) if args.json else found)
         return
     from alignlab.probe import probe
 
     for stage in stages:
-        print(show_probe(stage, probe(recipe, stage)))
+        _print(show_probe(stage, probe(recipe, stage)))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -164,16 +184,18 @@ def _export(args: argparse.Namespace) -> None:
         from alignlab.export.hub import check_push
 
         check_push(args.push, args.public)
-    from alignlab.export import Wish, export, find_run, summarize
+    from alignlab.export import Wish, export, summarize
+    from alignlab.run import Run, find_run, finished
 
-    run = find_run(args.recipe, args.run, best=args.best)
+    is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
+    run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
     wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
     made = export(run, Path(args.to), wish)
-    print(summarize(made))
+    _print(summarize(made))
     if args.push:
         from alignlab.export.hub import push
 
-        print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
+        _print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
 
 def _cache(args: argparse.Namespace) -> None:
@@ -181,17 +203,21 @@ def _cache(args: argparse.Namespace) -> None:
     from alignlab.store import clear_store, list_store
 
     if args.clear:
-        print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
+        _print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
         return
     entries = [(entry, f"reference: {entry.reference}") for entry in list_store()]
     entries += [(entry, f"data: {entry.about}") for entry in list_prepared()]
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-        print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+        _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
 
 
 def _train(args: argparse.Namespace) -> int | None:
     recipe = _recipe(args)
+    if args.run is not None:
+        from alignlab.run import check_name
+
+        check_name(args.run)
     if args.launch:
         return _launch(args, recipe)
     from alignlab import train
@@ -202,22 +228,22 @@ def _train(args: argparse.Namespace) -> int | None:
     if _is_main_process():
         from alignlab.report.page import report_line
 
-        print(summarize(run))
-        print(report_line(run.path))
+        _print(summarize(run))
+        _print(report_line(run.path))
     return None
 
 
 def _sweep(args: argparse.Namespace) -> int | None:
-    from alignlab.text import check_table, write_table
+    from alignlab.tables import check_table, write_table
 
     check_table(args.table)
-    from alignlab.facts.sweep import sweep_rows
+    from alignlab.facts.sweep import columns_of, sweep_rows
     from alignlab.sweep.choice import collect, render
     from alignlab.sweep.members import commands, find_members
 
     members = find_members(args.recipe, args.overrides, args.betas, args.grid)
     if args.print:
-        print("\n".join(commands(members)))
+        _print("\n".join(commands(members)))
         return None
     if args.collect:
         table = collect(members)
@@ -227,25 +253,36 @@ def _sweep(args: argparse.Namespace) -> int | None:
         if args.shared:
             return share(members)
         table = run_members(members)
-    print(render(table, members.folder))
+    _print(render(table, members.folder))
     if args.table:
-        write_table(Path(args.table), sweep_rows(table), [member.label for member in table.settings if member.margin])
-        print(args.table)
+        write_table(Path(args.table), sweep_rows(table), columns_of(table))
+        _print(args.table)
     return 2 if any(member.status == "failed" for member in table.members) else None
 
 
 def _launch(args: argparse.Namespace, recipe) -> int:
     from alignlab.launch import launch
+    from alignlab.recipe import run_name
+    from alignlab.run import Run
 
     own = [args.command, args.recipe, *args.overrides, *(["--run", args.run] if args.run else [])]
     own += ["--force"] * args.force + ["--debug"] * args.debug
-    return launch(Path(args.launch), recipe.model, own, args.processes)
+    try:
+        return launch(Path(args.launch), recipe.model, own, args.processes)
+    except Killed as e:
+        run = Run(Path("runs") / recipe.name / (args.run or run_name(recipe, args.command)))
+        if run.has_started and not run.is_finished:
+            run.note(status="failed", stop_reason=str(e))
+        raise
 
 
 def _recipe(args: argparse.Namespace):
+    from alignlab.data.rows import refuse_missing_paths
     from alignlab.recipe import load_recipe
 
-    return load_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
+    refuse_missing_paths(recipe)
+    return recipe
 
 
 CALLS = {
@@ -276,8 +313,18 @@ def _fail(message: str, args: argparse.Namespace) -> int:
 
 def _say(message: str, code: int) -> int:
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    _print(message if rank == "0" else f"[rank {rank}] {message}", sys.stderr)
     return code
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """The one way to the terminal but for logging: what recipes, data and models hold cannot act on it."""
+    print(harmless(text), file=file)
+
+
+class _Harmless(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
 
 
 # How safetensors and torch.save (torch 2.13) say that the disk is full, in place of ENOSPC
@@ -292,9 +339,17 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def _import_transformers_unheard() -> None:
+    """transformers 5.23 prints a line on its import where wandb is offline, which would stand before the JSON."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import transformers.integrations.integration_utils  # noqa: F401
+
+
 def _configure_logging() -> None:
     """Our lines on stderr as they are; other libraries' warnings, but for those nobody using alignlab can act on."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Harmless("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("alignlab").setLevel(logging.INFO if _is_main_process() else logging.ERROR)
     # bitsandbytes asks for an optional CPU kernel from the hub and goes on without it
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,18 +11,46 @@ from typing import Any
 
 import xxhash
 
+log = logging.getLogger(__name__)
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a crash is left out."""
+
+def read_lines(path: Path, **needed: type) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; `needed` are keys that each row has, and their types.
+
+    A damaged line is left out with a warning. A last line without an end, cut off by a crash, is left out without one.
+    """
     if not path.is_file():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    rows, damaged = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        if (row := _row(line, needed)) is not None:
+            rows.append(row)
+        elif line.strip():
+            damaged.append(number)
+    if damaged:
+        more = f" and {len(damaged) - 1} more of its lines are" if len(damaged) > 1 else " is"
+        log.warning("%s:%d%s damaged and left out", path, damaged[0], more)
+    return rows
+
+
+def _row(line: bytes, needed: Mapping[str, type]) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    has_all = isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in needed.items())
+    return row if has_all else None
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("ab") as file:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def sync(path: Path) -> None:
+    """Returns when the file is on the disk, and no longer only in the memory of the system."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,23 +13,23 @@ from alignlab import heldout, toy
 from alignlab.data import Prepared
 from alignlab.disk import write_lines
 from alignlab.estimate import mean_estimate
-from alignlab.format import stops_of
+from alignlab.format import Stops
 from alignlab.heldout import PairLogps
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
 from alignlab.run import Run
 from alignlab.samples import HeldOutPrompts
-from alignlab.text import WinRate
+from alignlab.tables import WinRate
 from alignlab.trainers import AlignDPOTrainer
 
 
-def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, seed: int) -> HeldOutPrompts:
+def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, stops: Stops, seed: int) -> HeldOutPrompts:
     """The first `monitor.kl.prompts` different prompts of a split."""
     kl = recipe.monitor.kl
     few = dict(zip(pairs["prompt"], pairs["prompt_ids"], strict=True))
     texts = list(few)[: kl.prompts]
     ids = [few[text] for text in texts]
-    return HeldOutPrompts(split, texts, ids, kl.max_new_tokens, stops_of(recipe.data.format), kl.batch_size, seed)
+    return HeldOutPrompts(split, texts, ids, kl.max_new_tokens, stops, kl.batch_size, seed)
 
 
 def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
@@ -41,13 +41,14 @@ def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, r
     found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
     found["perplexity"] = heldout.reply_perplexity(policy)
     found["reference_perplexity"] = heldout.reply_perplexity(reference)
-    samples = trainer.samples.on(held_out_prompts(recipe, pairs.test, "test", trainer.args.seed))
+    stops = trainer.samples.prompts.stops
+    samples = trainer.samples.on(held_out_prompts(recipe, pairs.test, "test", stops, trainer.args.seed))
     best = trainer.state.best_global_step
     step = trainer.state.global_step if best is None else best
     replies = samples.measure(trainer.model, step, trainer.reference_context())
     found |= {name.removeprefix("eval_"): value for name, value in replies.items()}
-    if recipe.data.source == "toy" and run.is_writer:
-        found["win_rate"] = dataclasses.asdict(_toy_win_rate([row for row in run.samples() if row["split"] == "test"]))
+    if recipe.data.source == "toy":
+        found["win_rate"] = dataclasses.asdict(_toy_win_rate(samples.rows))
     return found
 
 

@@ -18,16 +18,15 @@ from transformers import (
     StopStringCriteria,
 )
 
+from alignlab.format import Stops
 from alignlab.measures import token_logps
-
-NEXT_TURN = "\n\nHuman:"  # where an HH reply ends if the model goes on to speak for the human
 
 
 @dataclass(frozen=True)
 class Reply:
-    ids: tuple[int, ...]  # the stop token included, where there is one
-    text: str
-    ended: bool  # by its EOS or the next turn, not by the limit
+    ids: tuple[int, ...]  # what ends it included
+    text: str  # without what ends it
+    ended: bool  # by itself, not by the limit
 
 
 def sample_replies(
@@ -37,16 +36,15 @@ def sample_replies(
     *,
     max_new_tokens: int,
     seed: int,
+    stops: Stops,
     greedy: bool = False,
     batch_size: int = 16,
     first: int = 0,
-    stops: Sequence[str] = (NEXT_TURN,),
 ) -> list[Reply]:
     """One reply to each prompt (token ids), sampled at temperature 1 without top-k or top-p.
 
     Each batch has its own seed, so that the replies do not depend on which process draws a batch, nor on what was
-    drawn before; `first` is the number of the first batch. A reply ends at its EOS or at one of `stops`, where the
-    model would go on for the other side. The caller's random state is left as it was.
+    drawn before; `first` is the number of the first batch. The caller's random state is left as it was.
     """
     replies = []
     for number, batch in enumerate(batches(prompts, batch_size), first):
@@ -61,17 +59,17 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 @torch.no_grad()
-def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops) -> list[Reply]:
+def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops: Stops) -> list[Reply]:
     ids_BT, mask_BT = pad_left(prompts, tokenizer.pad_token_id, model.device)
     choice = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     how = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stops.ids),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
         **choice,
     )
-    ends = _stop_criteria(tokenizer, tuple(stops), len(tokenizer))
+    ends = _stop_criteria(tokenizer, stops.texts, len(tokenizer))
     was_training = model.training
     model.eval()
     with _own_settings_off(model):
@@ -103,14 +101,15 @@ def _own_settings_off(model: PreTrainedModel) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> Reply:
-    end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+def _reply(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Stops) -> Reply:
+    end = next((place for place, token in enumerate(ids) if token in stops.ids), len(ids))
+    kept, ended = end + 1, end < len(ids)
     text = tokenizer.decode(ids[:end])
-    if found := [stop for stop in stops if stop in text]:
+    if found := [stop for stop in stops.texts if stop in text]:
         first = min(found, key=text.index)
-        kept = next(n for n in range(1, end + 1) if first in tokenizer.decode(ids[:n]))
-        return Reply(tuple(ids[:kept]), text[: text.index(first)], ended=True)
-    return Reply(tuple(ids[: end + 1]), text, ended=end < len(ids))
+        kept, ended = next(n for n in range(1, end + 1) if first in tokenizer.decode(ids[:n])), True
+        text = text[: text.index(first)]
+    return Reply(tuple(ids[:kept]), text.removeprefix(stops.opening), ended)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,28 @@ ASKED = "ALIGNLAB_WORLD_SIZE"  # how many processes a launch was asked for, hand
 SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # and what accelerate sets for it
 
 
+# How gloo and NCCL say that another process is gone (torch 2.13); gloo does so in a plain RuntimeError
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+class Killed(RunError):
+    """A process of a launch has died by a signal, and the launch with it."""
+
+    def __init__(self, rank: int, number: int):
+        self.number = number
+        super().__init__(f"rank {rank} was killed by {signal.Signals(number).name}")
+
+
 def launch(file: Path, section: ModelSection, arguments: Sequence[str], processes: int | None = None) -> int:
-    """Runs `alignlab ARGUMENTS` as `accelerate launch --config_file FILE` would; the exit code of its processes."""
+    """Runs `alignlab ARGUMENTS` as `accelerate launch --config_file FILE` would; the exit code of its processes.
+
+    Raises `Killed` where one of them died by a signal, and KeyboardInterrupt where the launch itself was told to stop.
+    """
     config = read_config(file)
     refuse_sharded_4bit(section, str(config["distributed_type"]))
     asked = processes or config.get("num_processes", 1)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     words = ["--config_file", str(file), "--num_processes", str(asked), "-m", "alignlab", *arguments]
@@ -32,12 +51,42 @@ def launch(file: Path, section: ModelSection, arguments: Sequence[str], processe
     try:
         launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as e:
-        return max(failure.exitcode for failure in e.failures.values())
+        codes = {rank: failure.exitcode for rank, failure in e.failures.items()}
+        if dead := [rank for rank, code in codes.items() if code < 0]:
+            raise Killed(dead[0], -codes[dead[0]]) from e
+        return min(codes.values())  # a fault of ours, 1, before one that the user can mend
+    except SignalException as e:
+        raise KeyboardInterrupt from e
     except subprocess.CalledProcessError as e:
         return e.returncode
     except (ValueError, ConnectionError, ImportError) as e:  # accelerate's way of refusing a combination
         raise MachineError(f"accelerate cannot launch with {file}: {' '.join(str(e).split())}") from e
     return 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Turns what a collective says when another process has gone into one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        import torch.distributed
+
+        if isinstance(e, torch.distributed.DistError) or any(words in str(e) for words in GONE):
+            raise RunError(
+                "another process of this launch has died; the same command goes on from the last checkpoint"
+            ) from e
+        raise
+
+
+def leave() -> None:
+    """Ends the process group of this launch.
+
+    A thread of gloo that is left running may ask for the interpreter's lock while it ends, which aborts the process.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from alignlab.errors import RecipeError, RunError
 from alignlab.recipe import load_recipe, run_name
-from alignlab.run import Run
-from alignlab.sweep.choice import chosen_run
+from alignlab.run import RUNS, Run, find_run, finished, runs_folder
 
 
 def find_runs(
@@ -19,7 +18,7 @@ def find_runs(
     run: str | None = None,
     runs: Sequence[str] = (),
     best: bool = False,
-    root: Path = Path("runs"),
+    root: Path = RUNS,
 ) -> list[Run]:
     """The finished runs that a command names; RunError says what to do where one is not there.
 
@@ -27,38 +26,32 @@ def find_runs(
     """
     if recipe is None and not runs:
         raise RecipeError("which recipe? name one, as in `alignlab eval tiny`, or runs with --runs A B C")
-    if sum((bool(run), bool(runs), best)) > 1:
+    if sum((run is not None, bool(runs), best)) > 1:
         raise RecipeError("--run, --runs and --best each say which runs are evaluated; give one of them")
-    if recipe is not None and (Path(recipe) / "manifest.json").is_file():
-        if run or runs or best:
-            raise RecipeError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
-        return [_finished(Path(recipe), None)]
-    name = load_recipe(recipe, overrides).name if recipe else None
-    folder = root / name if name else root
     if runs:
         if len({Path(each).as_posix() for each in runs}) < len(runs):
             raise RunError(f"the same run is named twice: {' '.join(runs)}")
-        return [_finished(folder / each if (folder / each).is_dir() else Path(each), None) for each in runs]
-    if best:
-        return [_finished(chosen_run(folder), recipe)]
-    return [_finished(folder / (run or run_name(load_recipe(recipe, overrides), "dpo")), _command(recipe, overrides))]
+        found = [_one_of(recipe, each, root) for each in runs]
+        return [finished(run) for run in found]
+    assert recipe is not None
+    if run is not None or best or runs_folder(recipe, root) == Path(recipe):
+        return [finished(find_run(recipe, run, best=best, root=root))]
+    return [finished(_default(recipe, overrides, root))]
 
 
-def _command(recipe: str | None, overrides: Sequence[str]) -> str:
-    return " ".join([str(recipe), *overrides])
+def _one_of(recipe: str | None, name: str, root: Path) -> Run:
+    """A run by its name beside the recipe's others, or by its directory."""
+    named = recipe is not None and not Run(Path(name)).has_started
+    return find_run(recipe, name, root=root) if named else find_run(name, root=root)
 
 
-def _finished(path: Path, recipe: str | None) -> Run:
-    found = Run(path)
-    status = found.manifest.status if found.has_started else None
-    if status == "finished" and found.model.is_dir():
-        return found
-    stage = "sft" if path.name.startswith("sft") else "dpo"
-    remedy = f"`alignlab {stage} {recipe}` trains it" if recipe else "name a finished run, or train it first"
-    if status is None:
-        raise RunError(f"there is no run at {path}; {remedy}")
-    what = "finished, but its model/ is gone" if status == "finished" else f"not finished ({status})"
-    raise RunError(f"{path} is {what}; {remedy}")
+def _default(recipe: str, overrides: Sequence[str], root: Path) -> Run:
+    """The DPO run that these words make."""
+    loaded = load_recipe(recipe, overrides)
+    run = Run(root / loaded.name / run_name(loaded, "dpo"))
+    if not run.has_started:
+        raise RunError(f"there is no run at {run.path}; `alignlab dpo {' '.join([recipe, *overrides])}` trains it")
+    return run
 
 
 def folder_of(runs: Sequence[Run]) -> Path:

@@ -87,6 +87,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
 
 
+def recipe_facts(recipe: Recipe, arguments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All of both pages, as JSON can hold it; `arguments` are those that TRL gets in each stage."""
+    given = {stage: {key: _plain(value) for key, value in its.items()} for stage, its in arguments.items()}
+    return {
+        "name": recipe.name,
+        "file": shown(recipe.path),
+        **sections_of(recipe),
+        "sources": dict(recipe.sources),
+        "without_effect": without_effect(recipe),
+        "trl": given,
+    }
+
+
 def without_effect(recipe: Recipe) -> dict[str, str]:
     """The written keys that change nothing, and why."""
     return {key: why for key, why in _idle(recipe) if key in recipe.sources}
@@ -106,7 +119,9 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data.source != "toy":
         yield from ((f"data.toy.{name}", "only data.source: toy uses it") for name in asdict(recipe.data.toy))
     if recipe.data.format != "chat":
-        yield "model.chat_template", "only data.format: chat uses it"
+        yield from (
+            (f"model.{key}", "only data.format: chat uses it") for key in ("chat_template", "chat_template_kwargs")
+        )
     for stage in STAGES:
         if "max_steps" in getattr(recipe, stage) and getattr(recipe, stage)["max_steps"] > 0:
             yield f"{stage}.num_train_epochs", f"{stage}.max_steps decides"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +29,10 @@ from transformers import (
 from alignlab.disk import hash_file
 from alignlab.errors import MachineError, ModelError
 from alignlab.fields import suggest
+from alignlab.format import Format, Stops, own_template, training_template, with_settings
+from alignlab.hub import stay_offline_without_hub
 from alignlab.recipe import ModelSection
+from alignlab.rules import LIMITS, whole_modules_conflict
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ class Start:
 
 
 def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer with a pad token and, where the recipe names one, its chat template.
+    """The model's fast tokenizer with a pad token, and the chat template that is trained with.
 
     Raises ModelError without an EOS token, or where only a `tokenizer.model` is at hand: transformers then orders
     the merges of Llama's vocabulary wrongly.
@@ -59,9 +65,55 @@ def load_tokenizer(section: ModelSection, folder: str | None = None) -> PreTrain
         raise ModelError(f"{name} has no tokenizer.json; save one there with the original fast tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if section.chat_template:
-        tokenizer.chat_template = section.chat_template
+    if template := _template(section, tokenizer):
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def _template(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template to train with: the recipe's or the tokenizer's own, fit to be trained on, as it is set."""
+    brought = section.chat_template or own_template(tokenizer)
+    if brought is None:
+        return None
+    template = training_template(tokenizer, brought)
+    if template != brought:
+        say_once(f"{section.name}: its chat template cannot be trained on; TRL's training template takes its place")
+    return with_settings(template, section.chat_template_kwargs or {})
+
+
+@functools.cache  # once a process: a tokenizer is loaded again and again
+def say_once(line: str) -> None:
+    log.info("%s", line)
+
+
+def find_stops(section: ModelSection, form: Format, weights: str | None = None) -> Stops:
+    """Where replies of a recipe's models end: its format's end, the tokenizer's EOS, and what its models end with.
+
+    `weights` are those of a model whose base is no longer where `model.name` says.
+    """
+    names = [weights or section.name, *([section.start] if section.start else [])]
+    return form.stops(each for name in names for each in _eos_ids(section, name))
+
+
+def generation_config(stops: Stops, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Ends a reply as training did; without the base's own sampling settings, as the runs are measured."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    return GenerationConfig(eos_token_id=list(stops.ids) if len(stops.ids) > 1 else stops.ids[0], **ids)
+
+
+def _eos_ids(section: ModelSection, name: str) -> list[int]:
+    """At which ids `generate` ends a reply of this model: those of its generation_config.json, or else config.json."""
+    if name == "toy":  # ends with the EOS of its tokenizer
+        return []
+    try:
+        revision = section.revision if name == section.name else None
+        found = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+    except (OSError, ValueError):
+        try:
+            found = load_config(section, name).get_text_config().eos_token_id
+        except (ModelError, MachineError):  # an adapter has neither
+            return []
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedModel:
@@ -73,10 +125,11 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
     name = name or section.name
     dtype = compute_dtype(section) if section.lora is not None else torch.float32
     quantized = {"quantization_config": quantization(section)} if section.load_in_4bit else {}
-    attention = {"attn_implementation": section.attn_implementation or best_attention(dtype)}
+    chosen = {"attn_implementation": section.attn_implementation, "use_kernels": section.use_kernels}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     with _loading("model", name, section):
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=_placement(), **attention, **quantized, **_where(section, name)
+            name, dtype=dtype, device_map=_placement(), **chosen, **quantized, **_where(section, name)
         )
 
 
@@ -112,14 +165,6 @@ def quantization(section: ModelSection) -> BitsAndBytesConfig:
     )
 
 
-def best_attention(dtype: torch.dtype) -> str:
-    """FlashAttention where it is installed and the GPU and dtype allow it, else PyTorch's own."""
-    from transformers.utils import is_flash_attn_2_available
-
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "flash_attention_2" if half and torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-
-
 def lora_config(section: ModelSection) -> LoraConfig:
     assert section.lora is not None, "full fine-tuning has no adapter"
     return LoraConfig(task_type="CAUSAL_LM", **section.lora)
@@ -150,12 +195,12 @@ def _refuse_unknown_targets(weights: PreTrainedModel, section: ModelSection) -> 
 def _refuse_adapted_head(model: PeftModel) -> None:
     """TRL 1.16 computes log-probabilities from the output layer's own weight, so that an adapter on it never counts."""
     head = model.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
+    if isinstance(head, (BaseTunerLayer, TrainableTokensWrapper)):
         name = next(name for name, module in model.get_base_model().named_modules() if module is head)
-        raise ModelError(
-            f"LoRA is on the output layer {name}, where TRL does not train it; "
-            f"leave {name} out of model.lora.target_modules, or write all-linear, which is without it"
-        )
+        remedy = f"leave {name} out of model.lora.target_modules, or write all-linear, which is without it"
+        if isinstance(head, TrainableTokensWrapper):
+            remedy = "it shares the embeddings' weights, so leave model.lora.trainable_token_indices out"
+        raise ModelError(f"LoRA is on the output layer {name}, where TRL does not train it; {remedy}")
 
 
 def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> None:
@@ -194,13 +239,27 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
     policy = load_weights(section, start.weights)
     if start.adapter:
         with _loading("adapter", start.adapter, section):
+            own = PeftConfig.from_pretrained(start.adapter)
+            _refuse_unfaithful(own, section, start.adapter)
             policy = PeftModel.from_pretrained(policy, start.adapter, is_trainable=True)
         _refuse_adapted_head(policy)
-        _say_what_the_adapter_decides(policy.peft_config["default"], section, start.adapter)
+        _say_what_the_adapter_decides(own, section, start.adapter)
         return policy, None
     if section.lora is not None:
         return add_adapter(policy, section), None
     return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
+
+
+def _refuse_unfaithful(own: PeftConfig, section: ModelSection, adapter: str) -> None:
+    """What a recipe may not ask of an adapter, one that comes from elsewhere may not have."""
+    for key, value in own.to_dict().items():
+        fits, expected = LIMITS.get(f"model.lora.{key}", (None, ""))
+        if fits and value is not None and not fits(value):
+            raise ModelError(
+                f"{key} of the adapter {adapter} is {value!r}; expected {expected}; merge it and start there"
+            )
+    if own.modules_to_save and (fault := whole_modules_conflict(own.modules_to_save, section.dtype)):
+        raise ModelError(f"the adapter {adapter}: {fault}")
 
 
 def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapter: str) -> None:
@@ -209,19 +268,19 @@ def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapte
             log.warning("model.lora.%s=%s has no effect: %s has %s", key, section.lora[key], adapter, getattr(own, key))
 
 
-def settle_adapters(model: PeftModel, section: ModelSection) -> None:
-    """Undoes DPOTrainer's cast of 4-bit adapters to bfloat16, exactly, and drops the copy where the base is wanted.
+def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None = None) -> None:
+    """Gives policy and reference the weights of `adapter` bit for bit, in float32; no copy where the base is wanted.
 
-    A bfloat16 adapter is not moved by DPO's small learning rates. Cloning from the copy, which stays float32, keeps
-    every bit of the SFT adapter, where casting back would keep the rounding (TRL 1.16).
+    A bfloat16 adapter, to which DPOTrainer casts those on 4-bit weights, is not moved by DPO's small learning rates.
+    Its copy for the reference leaves out adapters of embeddings and trained tokens (TRL 1.16).
     """
-    for name, weight in model.named_parameters():
-        if ".default." not in name or not weight.requires_grad:
-            continue
-        copy = name.replace(".default.", ".ref.")
-        weight.data = model.get_parameter(copy).data.clone() if "ref" in model.peft_config else weight.data.float()
     if section.reference == "base" and "ref" in model.peft_config:
         model.delete_adapter("ref")
+    for name, weight in model.named_parameters():
+        if not {"default", "ref"}.isdisjoint(name.split(".")):
+            weight.data = weight.data.float()
+    for name in model.peft_config if adapter else ():
+        model.load_adapter(adapter, name, is_trainable=name == "default")
 
 
 def load_adapters(model: PeftModel, checkpoint: Path) -> None:
@@ -315,6 +374,8 @@ def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
+    if not Path(name).exists():
+        stay_offline_without_hub()
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as e:
@@ -334,7 +395,7 @@ def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
         )
     if isinstance(error, OSError) and error.errno == 28:  # ENOSPC: the disk's fault, told apart from the model's
         return error
-    if Path(name).is_dir():
+    if Path(name).is_dir() or not isinstance(error, OSError):  # the hub and the network fail as OSError
         return ModelError(f"the {what} in {name} cannot be loaded: {_first_line(error)}")
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return ModelError(f"the hub has no model {name}, or hides it; check the name, or log in with `hf auth login`")

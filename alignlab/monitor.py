@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
-import netrc
 import os
 import resource
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
-from alignlab.disk import append_line
+from alignlab.arguments import wandb_is_off
+from alignlab.disk import append_line, sync, write_json
 from alignlab.errors import ModelError
 from alignlab.guards import Alarm, alarms
 from alignlab.recipe import MonitorSection
-from alignlab.run import Run, mark_complete
+from alignlab.run import Run, mark_complete, read_state
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,9 @@ SHOWN = {  # of an evaluation, on the terminal
     "eval_perplexity": "perplexity",
     "eval_reply_tokens": "tokens per reply",
 }
-START_TOLERANCE = 0.01
+LOSS_TOLERANCE = 0.01
+WANDB_SECONDS = 4  # within which a run of wandb's begins online, or else is offline
+WANDB_FINISH_SECONDS = 60  # that a finished run waits for what is not uploaded yet
 PEAK_RESET, PROCESS_STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -49,8 +52,18 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:  # a summary: the manifest holds it
-            row = {"step": state.global_step, "time": round(time.time(), 3), **rewrite_logs(logs)}
+            row = _metrics_row({**logs, "step": state.global_step}, time=round(time.time(), 3))
             append_line(self.run.metrics_file, row)
+
+
+def logged_rows(checkpoint: Path) -> list[dict[str, Any]]:
+    """What had been logged when the checkpoint was written, as `metrics.jsonl` has it, but without times."""
+    return [_metrics_row(entry) for entry in read_state(checkpoint)["log_history"]]
+
+
+def _metrics_row(entry: Mapping[str, Any], **time: float) -> dict[str, Any]:
+    logs = {key: value for key, value in entry.items() if key != "step"}
+    return {"step": entry["step"], **time, **rewrite_logs(logs)}
 
 
 class Progress(ProgressCallback):
@@ -81,12 +94,78 @@ class Progress(ProgressCallback):
             self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
 
 
+class CarriedOver(TrainerCallback):
+    """Keeps in each checkpoint what transformers leaves out of it (5.23), and takes it up where a run goes on.
+
+    That is a half-filled logging window, TRL's averages and token count in it, and what the run has taken so far.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.began = time.monotonic()
+        self.peak_memory = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        file = self._file(args, state)
+        if not file.is_file():  # a new run, or one that goes on with more processes
+            return
+        found, trainer = json.loads(file.read_text()), self.trainer
+        trainer._tr_loss += found["loss"]
+        trainer._globalstep_last_logged = found["last_logged"]
+        trainer._metrics["train"].update(found["averages"])
+        trainer._total_train_tokens = found["tokens"]
+        trainer.samples.seconds += found["sampling_seconds"]
+        self.began -= found["seconds"]
+        self.peak_memory = found["peak_memory"]
+
+    def on_save(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        found = {
+            "loss": trainer._tr_loss.item(),
+            "last_logged": trainer._globalstep_last_logged,
+            "averages": trainer._metrics["train"],
+            "tokens": trainer._total_train_tokens,
+            "sampling_seconds": trainer.samples.seconds,
+            "seconds": self.seconds,
+            "peak_memory": self.peak(),
+        }
+        write_json(self._file(args, state), found)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, in all starts of the run that led to where it is."""
+        return time.monotonic() - self.began
+
+    def peak(self) -> int:
+        """The peak of memory in bytes, in all these starts."""
+        return max(self.peak_memory, peak_memory())
+
+    def _file(self, args, state) -> Path:
+        return _checkpoint(args, state.global_step) / f"carried_over_{args.process_index}.json"
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks a checkpoint as whole once everything in it is written; one without the mark is never resumed from."""
 
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Finds the best checkpoint of a run that was moved since it was written."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(_checkpoint(args, state.best_global_step))
+
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes a part
         if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            sync(self.run.metrics_file)
+            sync(self.run.samples_file)
+            mark_complete(_checkpoint(args, state.global_step))
+
+
+def _checkpoint(args, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
 
 
 class EvaluateAtEnd(TrainerCallback):
@@ -98,10 +177,13 @@ class EvaluateAtEnd(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops; a second one stops at once."""
+    """On SIGINT or SIGTERM finishes the step, writes a checkpoint and stops; a second one stops at once.
+
+    Training is told to stop only behind the checkpoint: one that holds the order to stop is the end of its run.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.stopping = False
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -110,11 +192,16 @@ class StopOnInterrupt(TrainerCallback):
                 self.before[number] = signal.signal(number, self._ask)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.asked = _any_process(self.asked)  # or one would wait in vain for another that has stopped
-        if self.asked:
-            control.should_log = control.should_save = control.should_training_stop = True
+        self.stopping = _any_process(self.asked)  # or one would wait in vain for another that has stopped
+        if self.stopping:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.stopping = _any_process(self.asked)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -227,33 +314,40 @@ def stop_reason(state: TrainerState, stopped: Alarm | None) -> str:
     )
 
 
-def check_start(loss: float, chosen_reward: float, rejected_reward: float, plain_sigmoid: bool) -> None:
-    """Refuses a DPO run whose policy and reference differ before the first step (law: one blessed reference).
+def check_probe(
+    who: str, found: list[float], whose: str, expected: list[float], other: list[float] | None, exact: bool
+) -> None:
+    """Refuses a model that does not give the log-probabilities (nats) of the one that it should be to the same replies.
 
-    Both are then the same weights, so both rewards are 0 and the sigmoid loss is ln 2; the tolerance of 0.01 is for
-    half precision, where two forwards may round differently.
+    `other` are those of the model that it could be taken for: base and SFT model differ by what SFT has changed. Of
+    that distance a hundredth is allowed in float32, a tenth in 4-bit or half precision; and rounding.
     """
-    if not (abs(chosen_reward) <= START_TOLERANCE and abs(rejected_reward) <= START_TOLERANCE):  # nan fails too
-        raise ModelError(
-            f"before the first step the rewards are {chosen_reward:.4f} and {rejected_reward:.4f}, not 0: policy and "
-            f"reference are not the same model; if that is meant, set model.reference=base"
+    share, rounding = (0.01, 1e-4) if exact else (0.1, 2e-3)
+    allowed = rounding * sum(map(abs, expected)) + 0.01
+    if other:
+        allowed += share * _distance(expected, other)
+    if not _distance(found, expected) <= allowed:  # nan fails too
+        nats = ["/".join(f"{each:.2f}" for each in some) for some in (found, expected)]
+        remedy = (
+            "train SFT again with --force" if whose == "SFT run" else "a fault of alignlab or TRL, please report it"
         )
-    if plain_sigmoid and not abs(loss - math.log(2)) <= START_TOLERANCE:
-        raise ModelError(f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931: the reference is wrong")
+        raise ModelError(
+            f"before the first step the {who} gives replies {nats[0]} nats, where the {whose} gave {nats[1]}: "
+            f"it is not that model; {remedy}"
+        )
 
 
-def check_reference(found: list[float], expected: list[float], exact: bool) -> None:
-    """Refuses a reference that does not give the SFT run's own log-probabilities (nats) to the same replies.
+def _distance(one: list[float], other: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
-    Within 0.1 % in float32, 2 % in 4-bit or half precision; a bare base model is off by about 10 %.
-    """
-    tolerance = 0.001 if exact else 0.02
-    for ours, theirs in zip(found, expected, strict=True):
-        if not abs(ours - theirs) <= tolerance * abs(theirs) + 0.05:  # nan fails too
-            raise ModelError(
-                f"the reference gives a held-out reply {ours:.2f} nats where the SFT run gave {theirs:.2f}: "
-                f"it is not the SFT model; train SFT again with --force"
-            )
+
+def check_loss(loss: float) -> None:
+    """Refuses a sigmoid loss other than ln 2 where policy and reference are the same model."""
+    if not abs(loss - math.log(2)) <= LOSS_TOLERANCE:
+        raise ModelError(
+            f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931, though policy and reference agree; "
+            f"a fault of alignlab or TRL, please report it"
+        )
 
 
 def start_peak_memory() -> None:
@@ -277,34 +371,56 @@ def peak_memory() -> int:
 
 @contextlib.contextmanager
 def wandb_run(run: Run, group: str) -> Iterator[None]:
-    """Names this run for wandb and ends it with the context; offline by itself where nobody is logged in.
+    """A run of wandb's that ends with the context: online where wandb's own login holds, else offline, and said.
 
     `WANDB_MODE`, `WANDB_PROJECT` and the other variables of wandb's own win. A resumed run goes on in its wandb run,
     whose id is in the manifest; the runs of a recipe share a group.
     """
+    if not run.is_writer or wandb_is_off():
+        yield
+        return
     wandb_id = run.manifest.wandb_id or secrets.token_hex(4)  # `random` is seeded by now
     own = {"WANDB_RUN_ID": wandb_id, "WANDB_RESUME": "allow", "WANDB_DIR": str(run.path)}
+    own["WANDB_MODE"] = os.environ.get("WANDB_MODE") or "online"
     named = {"WANDB_PROJECT": "alignlab", "WANDB_NAME": f"{group}/{run.path.name}", "WANDB_RUN_GROUP": group}
-    mode = {} if _wandb_login() else {"WANDB_MODE": "offline"}
+    named["WANDB_SILENT"] = "true"  # its greeting asks its server three times who this is, and waits
     before = dict(os.environ)
-    os.environ.update({**named, **mode, **before, **own})
-    if os.environ.get("WANDB_MODE") != "disabled":
-        run.note(wandb_id=wandb_id)
+    os.environ.update({**named, **before, **own})
+    run.note(wandb_id=wandb_id)
+    import wandb  # a second, which runs without it are spared
+
     try:
+        if not _start_wandb():
+            before["WANDB_MODE"] = "offline"  # for later runs of this process, which need not wait again
         yield
     finally:
-        if (wandb := sys.modules.get("wandb")) and wandb.run is not None:
+        try:
             wandb.finish()
             wandb.teardown()  # or the next run of this process would be written into the folder of this one
+        except Exception as e:  # its service has died; what was logged is in metrics.jsonl
+            log.warning("wandb: not ended (%s); `wandb sync` uploads %s later", type(e).__name__, run.path / "wandb")
         os.environ.clear()
         os.environ.update(before)
 
 
-def _wandb_login() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _start_wandb() -> bool:
+    """Starts the run that Trainer's callback will find; whether it is online, which one line says, and why not."""
+    import wandb
+
+    why = "as WANDB_MODE says"
+    if os.environ.get("WANDB_MODE") not in ("offline", "dryrun"):
+        settings = wandb.Settings(init_timeout=WANDB_SECONDS, finish_timeout=WANDB_FINISH_SECONDS)
+        try:
+            if wandb.login(prompt=False, verify=False):
+                begun = wandb.init(settings=settings)
+                log.info("wandb: online as %s, %s", begun.entity, begun.url)
+                return True
+            why = "nobody is logged in; `wandb login` does it"
+        except (wandb.Error, ValueError) as e:  # refused, out of reach, or a variable that holds nonsense
+            reason = " ".join(str(e).splitlines()[:3])
+            why = f"no run could begin ({reason}); `wandb sync` uploads it later"
+    log.info("wandb: offline, %s", why)
+    wandb.teardown()
+    os.environ["WANDB_MODE"] = "offline"
+    wandb.init()
+    return False

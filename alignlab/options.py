@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from alignlab import __version__
+from alignlab.text import harmless
+
+
+class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        super().exit(status, message and harmless(message))
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,7 +28,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="alignlab",
         description="Aligns a language model to preferences: a recipe describes the run, TRL trains it.",
         epilog="alignlab COMMAND --help has examples.",
@@ -29,7 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"alignlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _command(commands, "list", "the recipes, one line each", [], recipe=False)
-    _command(commands, "show", "the resolved recipe, and where each value came from", ["mistral dpo.beta=0.3"])
+    examples = ["mistral dpo.beta=0.3", "tiny --json"]
+    show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
+    show.add_argument("--json", action="store_true", help="print one JSON object")
     for add in (_data, _plan, _train, _sweep, _eval, _report, _compare, _export, _cache):
         add(commands)
     return parser
@@ -51,6 +60,7 @@ def _data(commands) -> None:
     data.add_argument("--out", metavar="FILE", help="write the prepared rows: split, prompt, chosen, rejected")
     about = "files of prompts to be evaluated on: are they in the training data?"
     data.add_argument("--prompts", nargs="+", default=[], metavar="FILE", help=about)
+    data.add_argument("--prompt-column", metavar="NAME", help="the column of their prompts, where it is not found")
     about = "exit with 1 where a finding (or any of a level: wrong, doubtful, note) is there, on more than this share"
     data.add_argument("--fail-on", nargs="+", default=[], metavar="NAME[=SHARE]", help=about)
 
@@ -137,8 +147,9 @@ def _eval(commands) -> None:
         nargs="+",
         default=[],
         help="prompts too: MT-Bench, XSTest, AdvBench, "
-        "StrongREJECT, or any .jsonl or .csv with prompt, and label where there is one",
+        "StrongREJECT, or any file with prompt, question or instruction, and label where there is one",
     )
+    on.add_argument("--prompt-column", metavar="NAME", help="the column of the prompts in these files")
     on.add_argument("--bias", metavar="FILE", help="stereotypes by likelihood: sentence pairs as CrowS-Pairs has them")
     on.add_argument("--replies", type=_count, default=256, metavar="N", help="held-out prompts answered; default 256")
     on.add_argument("--limit", type=_count, metavar="N", help="of pairs, prompts and rows of each file: a quick look")

@@ -164,6 +164,7 @@ class PrefixSharing:
         self.fallbacks: Counter[str] = Counter()  # batches that went the standard way, by reason
         self.differences: dict[str, float] = {}  # nats, of each batch that was computed both ways
         self._planned: tuple[tuple, Plan] | None = None
+        self._exact = False  # whether the forward that has just run was in float32 throughout
         self._standard = model.forward
         self._shared = self._forward_function()
         model.forward = types.MethodType(self._shared, model)
@@ -221,6 +222,7 @@ class PrefixSharing:
         def keep_scored(_module: nn.Module, _args: tuple, output: ModelOutput) -> ModelOutput:
             hidden_PH = output.last_hidden_state.flatten(0, 1)
             places_N = plan.scored_places_N.to(hidden_PH.device)
+            self._exact = is_exact(self.model)  # asked in here: accelerate's autocast may begin with the forward
             output.last_hidden_state = hidden_PH.index_select(0, places_N).unsqueeze(0)
             return output
 
@@ -249,7 +251,7 @@ class PrefixSharing:
     def _agrees(self, check: str, log_probs_ST: Tensor, expected_ST: Tensor, plan: Plan) -> bool:
         """Whether both ways gave the same; if not, this raises or, where told to, switches itself off."""
         distance_N = (log_probs_ST.detach() - expected_ST).abs().float()[plan.scored_ST.to(expected_ST.device)]
-        exact = is_exact(self.model)
+        exact = self._exact
         difference, limit = (distance_N.max(), MAX_DIFFERENCE) if exact else (distance_N.mean(), MEAN_DIFFERENCE)
         self.differences[check] = difference.item()
         if difference <= limit:  # a NaN is not

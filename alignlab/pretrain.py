@@ -67,23 +67,23 @@ def _text(section: ToySection) -> bytes:
 
 def _train_into(folder: Path, section: ToySection) -> None:
     set_seed(section.seed)
-    notes = list(toy.corpus(section))
-    tokenizer = _tokenizer([*notes, *(row["chosen"] for row in toy.rows(section) if row["split"] == "train")])
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+    notes, words = list(toy.corpus(section)), tokenizer(section)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=words.eos_token_id, bos_token_id=None))
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
         quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
         cpu = not torch.cuda.is_available()
         settings = TrainingArguments(output_dir=beside, seed=section.seed, use_cpu=cpu, **quiet, **TRAINING)
-        trainer = Trainer(model=model, args=settings, train_dataset=_blocks(notes, tokenizer))
+        trainer = Trainer(model=model, args=settings, train_dataset=_blocks(notes, words))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         model.save_pretrained(f"{beside}/model")
-        tokenizer.save_pretrained(f"{beside}/model")
+        words.save_pretrained(f"{beside}/model")
         shutil.move(f"{beside}/model", folder)
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `<eos>` and `<pad>`."""
+def tokenizer(section: ToySection) -> PreTrainedTokenizerFast:
+    """The embedded base model's: byte-level BPE with `<eos>` and `<pad>`."""
+    texts = [*toy.corpus(section), *(row["chosen"] for row in toy.rows(section) if row["split"] == "train")]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

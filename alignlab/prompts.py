@@ -3,11 +3,15 @@
 | columns of the file | known as | labels |
 |---|---|---|
 | `turns` | MT-Bench | none; the first turn is asked |
-| `prompt`, `label` | XSTest's way | safe, unsafe, and other words for them (`LABELS`) |
-| `prompt`, `type` | XSTest as first published | a type that begins with `contrast` is harmful |
-| `goal` | AdvBench | all harmful |
 | `forbidden_prompt` | StrongREJECT | all harmful |
-| `prompt`, `question` or `instruction` | prompts | none |
+| `goal` | AdvBench, or JailbreakBench | all harmful; benign where the file's name says so |
+| `Behavior`, `SemanticCategory` | HarmBench | all harmful |
+| `prompt`, `type`, `focus` | XSTest | a type that begins with `contrast` is harmful |
+| `context`, `question`, `ans0` | BBQ | none: its label is an answer's number |
+| a prompt in any usual spelling | prompts | a column of the words in `LABELS`, or of 0 and 1 named `harmful` |
+
+A prompt may be text, messages, an object with `text`, or `instruction` with `input`; what stands beside it as system
+text, history or context is asked with it.
 """
 
 from __future__ import annotations
@@ -15,24 +19,29 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
+from alignlab.data.layouts import Fields, find_asked, plain_name, read_asked
+from alignlab.data.splits import words_of
 from alignlab.errors import AlignlabError, DataError
+from alignlab.fields import suggest
 from alignlab.files import Row, read_file
-from alignlab.format import Dialogue, Format
+from alignlab.format import MARK, Dialogue, Format
 from alignlab.transcript import ASSISTANT, Turn, join_turns, split_turns
 
 HARMFUL, BENIGN = "harmful", "benign"
 LABELS = {
-    **dict.fromkeys(("unsafe", "harmful", "toxic", "malicious", "bad", "1", "true", "yes"), HARMFUL),
-    **dict.fromkeys(("safe", "benign", "harmless", "good", "0", "false", "no"), BENIGN),
+    **dict.fromkeys(("unsafe", "harmful", "toxic", "malicious", "bad"), HARMFUL),
+    **dict.fromkeys(("safe", "benign", "harmless", "good"), BENIGN),
 }
-PLAIN = ("prompt", "question", "instruction", "text")
-MARK = "\x02{}\x03"  # characters that no template writes
+NUMBERS = {  # beside such words, or in a column whose name says what is true
+    **dict.fromkeys(("1", "true", "yes"), HARMFUL),
+    **dict.fromkeys(("0", "false", "no"), BENIGN),
+}
+TELLING = ("harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "is_toxic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,103 +65,143 @@ class PromptSet:
         return [i for i, prompt in enumerate(self.prompts) if prompt.label == label]
 
 
-def read_prompts(file: Path, form: Format, most_tokens: int) -> PromptSet:
+def read_prompts(file: Path, form: Format, most_tokens: int, column: str | None = None) -> PromptSet:
     """The prompts of a file in the recipe's own way of writing; the same prompt twice counts once.
 
-    Raises DataError where the file has no column of prompts, or a label that is neither harmful nor benign.
+    `column` is that of the prompts where it has an unusual name. Raises DataError where the file has none, or a label
+    that is neither harmful nor benign among others that are.
     """
-    known_as, asked = _read(file)
+    rows, known = _rows(file, column)
     found, left_out = {}, Counter()
-    for text, label in asked:
-        if text in found:
-            left_out["the same prompt again"] += 1
-            continue
-        prompt = _prompt(form, text, label)
-        reason = prompt if isinstance(prompt, str) else "longer than the model takes" * (len(prompt.ids) > most_tokens)
-        if reason:
-            left_out[reason] += 1
+    for row in rows:
+        label = known.label(row)
+        try:
+            dialogue = known.asked(row.fields)
+            key, prompt = repr(dialogue), _prompt(form, dialogue, label, most_tokens)
+            if key in found:
+                raise DataError("the same prompt again")
+        except AlignlabError as reason:
+            left_out[str(reason)] += 1
         else:
-            found[text] = prompt
+            found[key] = prompt
     if not found:
-        raise DataError(f"{file}: none of its {len(asked)} prompts can be asked ({', '.join(left_out)})")
-    return PromptSet(file.stem, known_as, list(found.values()), left_out)
+        raise DataError(f"{file}: none of its {len(rows)} prompts can be asked ({', '.join(left_out)})")
+    return PromptSet(file.stem, known.name, list(found.values()), left_out)
 
 
-def texts_of(file: Path) -> list[str]:
-    """The texts of a file of prompts as they stand there, each once."""
-    return list(dict.fromkeys(text for text, _ in _read(file)[1]))
+def texts_of(file: Path, column: str | None = None) -> list[str]:
+    """What a file of prompts asks, each once."""
+    rows, known = _rows(file, column)
+    texts = []
+    for row in rows:
+        with contextlib.suppress(DataError):
+            dialogue = known.asked(row.fields)
+            texts.append("\n\n".join(filter(None, (dialogue.turns[-1].text.strip(), dialogue.input))))
+    return list(dict.fromkeys(texts))
 
 
-def _read(file: Path) -> tuple[str, list[tuple[str, str | None]]]:
-    """What the file is known as, and each row's prompt and label."""
+@dataclass(frozen=True)
+class Known:
+    """What a file of prompts was taken for."""
+
+    name: str
+    asked: Callable[[Fields], Dialogue]
+    label: Callable[[Row], str | None]
+
+
+def _rows(file: Path, column: str | None) -> tuple[list[Row], Known]:
     if not file.is_file():
         raise DataError(f"{file}: no such file of prompts")
-    known_as, asked = "", []
-    for row in read_file(file):
-        known_as = known_as or _known_as(row)
-        asked.append(_read_row(row, known_as))
-    if not asked:
+    rows = list(read_file(file))
+    if not rows:
         raise DataError(f"{file} holds no prompts")
-    return known_as, asked
+    sample: dict[str, list] = {}
+    for row in rows:
+        for name, value in row.fields.items():
+            if value is not None:
+                sample.setdefault(name, []).append(value)
+    return rows, _known(file, sample, column)
 
 
-def _known_as(row: Row) -> str:
-    fields = row.fields
-    if isinstance(fields.get("turns"), list):
-        return "MT-Bench"
-    if "forbidden_prompt" in fields:
-        return "StrongREJECT"
-    if "goal" in fields:
-        return "AdvBench"
-    column = next((name for name in PLAIN if name in fields), None)
-    if column is None:
+def _known(file: Path, sample: Mapping[str, Sequence], column: str | None) -> Known:
+    columns = find_asked(sample, column)
+    names = {plain_name(name) for name in sample}
+    if column is not None and column not in sample:
+        raise DataError(f"{file}: no column {column!r} among {', '.join(sample)}{suggest(column, list(sample))}")
+    if columns is None:
         raise DataError(
-            f"{row.file}:{row.line}: no column of prompts among {', '.join(fields) or 'no columns'}; "
-            f"name it prompt, and a column of labels label"
+            f"{file}: no column of prompts among {', '.join(sample) or 'no columns'};"
+            " name it with --prompt-column, and a column of labels label"
         )
-    if column == "prompt" and "label" in fields:
-        return "labelled prompts" if "focus" not in fields else "XSTest"
-    return "XSTest" if column == "prompt" and "type" in fields and "focus" in fields else "prompts"
+    asked = lambda fields: read_asked(fields, columns)
+    if column is None and {"context", "question", "ans0"} <= names:
+        return Known("BBQ", asked, lambda row: None)
+    for name, needs in HARMFUL_SETS.items():
+        if column is None and needs <= names:
+            return Known(name, asked, _is_benign if "benign" in words_of(file.stem) else _is_harmful)
+    if column is None and "turns" in names:
+        return Known("MT-Bench", asked, lambda row: None)
+    if {"type", "focus"} <= names and "label" not in names:
+        return Known("XSTest", asked, _by_type)
+    label_of = _labels(sample)
+    name = "prompts" if label_of is None else "XSTest" if "focus" in names else "labelled prompts"
+    return Known(name, asked, label_of or (lambda row: None))
 
 
-def _read_row(row: Row, known_as: str) -> tuple[str, str | None]:
-    fields = row.fields
-    if known_as == "MT-Bench":
-        turns = fields.get("turns") or [None]
-        return _text(row, "turns", turns[0]), None
-    if known_as == "StrongREJECT":
-        return _text(row, "forbidden_prompt"), HARMFUL
-    if known_as == "AdvBench":
-        return _text(row, "goal"), HARMFUL
-    column = next((name for name in PLAIN if name in fields), "prompt")
-    if known_as == "prompts":
-        return _text(row, column), None
-    return _text(row, column), _label(row)
+HARMFUL_SETS = {
+    "StrongREJECT": {"forbidden_prompt"},
+    "JailbreakBench": {"goal", "behavior"},
+    "AdvBench": {"goal"},
+    "HarmBench": {"behavior", "semantic_category"},
+}
 
 
-def _text(row: Row, column: str, value: Any = None) -> str:
-    value = row.fields.get(column) if value is None else value
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{row.file}:{row.line}: {column} holds no text ({str(value)[:40]!r}); mend or remove this row")
-    return value.strip()
+def _is_harmful(row: Row) -> str:
+    return HARMFUL
 
 
-def _label(row: Row) -> str:
-    if "label" not in row.fields and "type" in row.fields:
-        return HARMFUL if str(row.fields["type"]).startswith("contrast") else BENIGN
-    label = str(row.fields.get("label", "")).strip().lower()
-    if label not in LABELS:
-        raise DataError(f"{row.file}:{row.line}: label is {label!r}, and not one of {', '.join(LABELS)}")
-    return LABELS[label]
+def _is_benign(row: Row) -> str:
+    return BENIGN
 
 
-def _prompt(form: Format, text: str, label: str | None) -> Prompt | str:
-    """The prompt, or why it cannot be asked."""
-    turn = Turn("Human", f" {text}")
-    try:
-        return Prompt(join_turns([turn]) + ASSISTANT, tuple(form.prompt_ids(Dialogue([turn]))), label)
-    except AlignlabError as e:
-        return str(e)
+def _by_type(row: Row) -> str:
+    return HARMFUL if str(row.fields.get("type")).startswith("contrast") else BENIGN
+
+
+def _labels(sample: Mapping[str, Sequence]) -> Callable[[Row], str | None] | None:
+    """How each row's label is told; none where no column holds words, or a name, that say what is harmful."""
+    spelled = {plain_name(name): name for name in reversed([*sample])}
+    telling = next((spelled[name] for name in TELLING if name in spelled), None)
+    column = telling or spelled.get("label")
+    if column is None:
+        return None
+    words = {_word(value) for value in sample[column]}
+    if not (words & LABELS.keys() or (telling and words <= NUMBERS.keys())):
+        return None
+
+    def label_of(row: Row) -> str:
+        word = _word(row.fields.get(column))
+        known = LABELS | NUMBERS
+        if word not in known:
+            raise DataError(f"{row.file}:{row.line}: {column} is {word!r}, and not one of {', '.join(known)}")
+        return known[word]
+
+    return label_of
+
+
+def _word(value: object) -> str:
+    return str("" if value is None else value).strip().lower().removesuffix(".0")
+
+
+def _prompt(form: Format, dialogue: Dialogue, label: str | None, most_tokens: int) -> Prompt:
+    """The prompt as it is asked; raises where it cannot be."""
+    if not (dialogue.turns[-1].text.strip() or dialogue.input):
+        raise DataError("the prompt is empty")
+    prompt = form.prompt(dialogue)
+    ids = form.encode([prompt])[0]
+    if len(ids) > most_tokens:
+        raise DataError("longer than the model takes")
+    return Prompt(as_transcript(form, prompt), tuple(ids), label)
 
 
 def as_transcript(form: Format, prompt: str) -> str:

@@ -30,7 +30,9 @@ class ToySection:
     seed: int = 0  # of the dialogues, the tokenizer and the base model
 
 
-Source = Literal["hh-rlhf", "summarize-from-feedback", "shp", "ultrafeedback", "pairs", "ranked", "alpaca", "toy"]
+# `alignlab.data.layouts.LAYOUTS`, and the toy
+Pairs = Literal["hh-rlhf", "summarize-from-feedback", "shp", "ultrafeedback", "pairs", "two-responses", "ranked", "toy"]
+Source = Literal[Pairs, "kto", "alpaca", "prompt-completion", "messages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,9 @@ class SFTDataSection:
     path: str | list[str] | None = None  # as data.path; none: SFT learns the chosen replies
     source: Source | None = None
     subset: str | None = None
+    config: str | None = None
     split: str = "train"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class DataSection:
     source: Source | None = None  # what a row means; none: recognised from the columns of each path, and said
     path: str | list[str] | None = None  # hub id, folder or file (alignlab.files.READERS); several are concatenated
     subset: str | None = None  # a folder inside `path`, such as helpful-base
+    config: str | None = None  # of a hub dataset that has several
+    columns: Mapping[str, str] = field(default_factory=dict)  # of other names than known: {prompt: question, …}
     split: str = "train"  # the hub split that is trained on, such as train_prefs
     test_split: str | None = "test"  # the split kept for the test rows, where the data has one of that name
     sft: SFTDataSection = field(default_factory=SFTDataSection)
@@ -76,7 +82,9 @@ class ModelSection:
     start: str | None = None  # hub id or path of an SFT model or adapter, instead of the recipe's own SFT run
     reference: Literal["sft", "base"] = "sft"
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
-    attn_implementation: str | None = None  # chosen by what the machine has
+    chat_template_kwargs: Mapping[str, Any] | None = None  # values for its variables, such as enable_thinking: false
+    attn_implementation: str | None = None  # none: what transformers takes for this model
+    use_kernels: bool | None = None  # the hub's kernels in place of the model's own layers (library: kernels)
     prefix_sharing: bool | Literal["auto"] = "auto"  # each pair's prompt computed once; auto: where known to win
     trust_remote_code: bool = False
 
@@ -144,7 +152,9 @@ SECTIONS = {
 }
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
+_PATHS = (("data", "path"), ("data", "sft", "path"))
 _ABSENT = object()
+LONGEST_NAME = 100  # characters of a run's
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -298,9 +308,16 @@ def _read(key: Key, item: Written) -> Any:
         return item.value
     value = _settings()[key].read(item.value)
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
-    if limit and isinstance(value, (int, float)) and not limit[0](value):
+    if limit and value is not None and not limit[0](value):
         raise ValueError(f"expected {limit[1]}")
+    if key in _PATHS and value:
+        return [_beside(one, item.folder) for one in value] if isinstance(value, list) else _beside(value, item.folder)
     return _template_text(value, item.folder) if key == _TEMPLATE and value else value
+
+
+def _beside(value: str, folder: Path) -> str:
+    """The path of what lies beside the recipe under this name; else the name, for the working folder or the hub."""
+    return shown(folder / value) if value and (folder / value).exists() else value
 
 
 def _template_text(value: str, folder: Path) -> str:
@@ -360,9 +377,10 @@ def run_name(recipe: Recipe, stage: str) -> str:
     chosen = {key: value for key, value in chosen.items() if value is not _ABSENT}
     parts = [_part(_short(key, stage), value, _takes_text(key)) for key, value in chosen.items()]
     name = "-".join([stage, *(text for text, _ in parts)])
-    if all(exact for _, exact in parts) and len(name) <= 100:
+    if all(exact for _, exact in parts) and len(name) <= LONGEST_NAME:
         return name
-    return f"{name[:100]}-{sha256(json.dumps(chosen).encode()).hexdigest()[:8]}"
+    digest = sha256(json.dumps(chosen).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _at(inputs: Mapping[str, Any], key: str) -> Any:

@@ -68,7 +68,6 @@ def identify_reference(
     name = section.name if bare else start.weights
     adapter = None if bare or not start.adapter else _local_adapter(start.adapter)
     weights = known if known and known["name"] == name else models.identify(section, name)
-    dtype = models.compute_dtype(section)
     facts = {
         "format": FORMAT,
         "weights": weights.get("weights") or weights,
@@ -77,8 +76,9 @@ def identify_reference(
         "dtype": [section.dtype, section.dtype if section.lora is not None else "float32"],  # computed in, kept in
         "quantization": models.quantization(section).to_dict() if section.load_in_4bit else None,
         "ld_alpha": ld_alpha,
-        "attention": section.attn_implementation or models.best_attention(dtype),
+        "attention": section.attn_implementation,
         "prefix_sharing": prefix_sharing,
+        **({"kernels": importlib.metadata.version("kernels")} if section.use_kernels else {}),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32_matmul": torch.get_float32_matmul_precision(),
         "versions": _versions(adapter is not None, section.load_in_4bit),

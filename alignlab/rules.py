@@ -76,7 +76,7 @@ INSTEAD: dict[str, str] = {
     **dict.fromkeys(("torch_dtype", "dtype"), "write model.dtype"),
     "evaluation_strategy": "evaluation goes by steps; write eval_steps",
     "rpo_alpha": "TRL removed it; write loss_type: [sigmoid, sft] and loss_weights: [1.0, <alpha>]",
-    "use_liger_loss": "TRL removed it; write use_liger_kernel",
+    "use_liger_loss": "TRL removed it: its loss needs no logits in memory; for kernels write model.use_kernels: true",
     **dict.fromkeys(("model_adapter_name", "force_use_ref_model"), _STARTING),
     **dict.fromkeys(("ref_adapter_name", "ref_model_init_kwargs"), "write model.reference"),
     "reference_free": "TRL removed it; every DPO run has a reference, see model.reference",
@@ -111,6 +111,9 @@ _NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 _COUNT = (lambda v: v >= 1, "1 or more")
 _SHARE = (lambda v: 0 <= v < 1, "a share: at least 0 and below 1")
 
+# Of PEFT 0.21: other layers under the adapter, or weights moved out of the base into it.
+_REBUILDING = ("layer_replication", "use_bdlora", "arrow_config", "kasa_config")
+
 # Limits beyond the type, each saving a run that could only fail or mislead; the bare ones hold in sft and in dpo.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.max_prompt_tokens", "data.max_reply_tokens", "data.max_pairs", "data.toy.pairs"), _COUNT),
@@ -120,6 +123,13 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.seed", "data.toy.seed", "seed", "data_seed"), _NOT_NEGATIVE),
     **dict.fromkeys(("model.lora.r", "model.lora.lora_alpha"), _COUNT),
     "model.lora.lora_dropout": _SHARE,
+    "model.lora.bias": (lambda v: v == "none", "none: policy and reference would share the base's biases"),
+    "model.lora.init_lora_weights": (
+        lambda v: v in (True, "gaussian", "orthogonal"),
+        "true, gaussian or orthogonal: the reference needs a base that the adapter leaves as it is",
+    ),
+    **dict.fromkeys([f"model.lora.{key}" for key in _REBUILDING], (lambda v: not v, "nothing: it changes the base")),
+    "model.lora.monteclora_config": (lambda v: not v, "nothing: its noise would reach the reference too"),
     **dict.fromkeys(
         ("monitor.kl.prompts", "monitor.kl.max_new_tokens", "monitor.kl.batch_size", "monitor.patience"), _COUNT
     ),
@@ -184,6 +194,13 @@ def _head_conflict(targets: Any) -> str | None:
     return f"model.lora.target_modules holds {names[0]}, {why}" if names else None
 
 
+def whole_modules_conflict(modules: list[str] | None, dtype: str) -> str | None:
+    if not modules or dtype == "float32":
+        return None
+    why = f"which are trained whole, in float32, where the model computes in {dtype}"
+    return f"model.lora.modules_to_save is {modules}, {why}; set model.dtype=float32, or leave it out"
+
+
 def _length_conflict(stage: str) -> Callable[..., str | None]:
     def conflict(length: int | None, prompt: int, reply: int) -> str | None:
         if length is None or length >= prompt + reply:
@@ -229,6 +246,7 @@ TOGETHER: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.validation_share", "data.test_share"), _share_conflict),
     (("model.load_in_4bit", "model.dtype", "model.lora"), _weights_conflict),
     (("model.lora.target_modules",), _head_conflict),
+    (("model.lora.modules_to_save", "model.dtype"), whole_modules_conflict),
     *((((f"{s}.max_length", "data.max_prompt_tokens", "data.max_reply_tokens")), _length_conflict(s)) for s in STAGES),
     *(((f"{s}.eval_steps", f"{s}.logging_steps"), _steps_conflict(s)) for s in STAGES),
     (("dpo.loss_type", "dpo.loss_weights", "dpo.label_smoothing"), _loss_conflict),

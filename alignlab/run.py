@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +22,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from alignlab import typed
-from alignlab.disk import hash_file, read_lines, write_json, write_lines, write_text
+from alignlab.disk import hash_file, read_lines, sync, write_json, write_lines, write_text
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate
-from alignlab.text import WinRate
+from alignlab.fields import suggest
+from alignlab.recipe import LONGEST_NAME
+from alignlab.tables import WinRate
+from alignlab.written import find_recipe
 
+log = logging.getLogger(__name__)
+
+RUNS = Path("runs")  # holds a folder of runs for each recipe
 EXAMINATION = "data.json"  # in the folder of a recipe's runs: what `alignlab data` has found
+SWEEP = "sweep.json"  # beside it: the members of the last sweep, and the choice
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]*")  # of a run: a folder beside others, and nothing else
 MARKER = "COMPLETE.json"  # written into a checkpoint after everything else in it
 PACKAGES = ("alignlab", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers")
 
@@ -126,11 +136,13 @@ class Manifest:
     finished: str | None = None
     planned_gib: float | None = None
     peak_memory_gib: float | None = None
+    made_from: Mapping[str, Any] = field(default_factory=dict)  # what else its result depends on, by content
     data: Rows | None = None
     sft_data: Rows | None = None  # where SFT learns from other data
     base: Base | None = None
     parent: Parent | None = None
     reference: str | None = None  # in a sentence
+    stops: Sequence[str] = ()  # at which a sampled reply ends
     stored_reference: bool | None = None  # whether its log-probabilities came from the store
     limits: Limits | None = None
     warnings: Sequence[Warned] = ()
@@ -142,6 +154,7 @@ class Manifest:
     steps: int | None = None
     world_size: int | None = None
     probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
+    base_probe: Sequence[float] = ()  # the same replies' before SFT
     test: Figures | None = None
 
 
@@ -184,7 +197,9 @@ class Found:
     name: str
     level: str
     says: str
-    count: int
+    count: int  # of pairs
+    of: int | None = None  # pairs that were looked at
+    share: float | None = None
     shown: Sequence[Example] = ()
     advice: str = ""
 
@@ -209,6 +224,39 @@ class Examination:
     histogram: Histogram
     findings: Sequence[Found]
     features: Sequence[Feature]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepMember:
+    """A run of a sweep as `sweep.json` has it; its figures are those of the step whose weights it kept."""
+
+    run: str  # its name
+    path: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what is its own: "dpo.beta" → 0.3
+    status: str = "missing"
+    error: str | None = None
+    margin: Estimate | None = None
+    margin_over_beta: Estimate | None = None
+    accuracy: Estimate | None = None
+    kl: Estimate | None = None  # nats per reply
+    win_rate: Estimate | WinRate | None = None  # on the test split
+    perplexity_change: float | None = None  # a share of what it was before training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What `alignlab sweep` wrote: the members, and the choice among them; in `sweep.json`."""
+
+    members: Sequence[SweepMember]
+    recipe: str = ""
+    rule: str = ""
+    max_kl: float | None = None
+    split: str | None = None  # that the choice was made on
+    overrides: Sequence[str] | None = None  # that all members share
+    choice: str | None = None  # a member's name
+    why: str | None = None
+    test: Mapping[str, Estimate | None] | None = None  # of the chosen run, on pairs that chose nothing
+    warnings: Sequence[str] = ()
 
 
 FACTS = {each.name for each in dataclasses.fields(Manifest)}
@@ -269,10 +317,13 @@ class Run:
         return self.has_started and self.manifest.status == "finished"
 
     def metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.metrics_file)
+        return read_lines(self.metrics_file, step=int)
 
     def samples(self) -> list[dict[str, Any]]:
-        return read_lines(self.samples_file)
+        return read_lines(self.samples_file, step=int, split=str, prompt=str, reply=str)
+
+    def scores(self) -> list[dict[str, Any]]:
+        return read_lines(self.scores_file, split=str, pair=int, chosen=float, rejected=float)
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the manifest, whole or not at all; what another version has written there stays."""
@@ -282,6 +333,110 @@ class Run:
             write_json(self.manifest_file, {**before, **{name: _plain(value) for name, value in facts.items()}})
 
 
+def check_name(name: str, where: str = "--run") -> str:
+    """The name; RunError where it is not one that a run can have."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        shown = repr(name) if len(name) <= 100 else f"{name[:20]!r}… of {len(name)} characters"
+        raise RunError(
+            f"{where} {shown} is no name of a run; write at most {LONGEST_NAME} letters, digits and ._=+-, "
+            f"with a letter or digit first"
+        )
+    return name
+
+
+# --- finding a run ---
+
+
+def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: Path = RUNS) -> Run:
+    """The run that a command is about: NAME, or the best of the sweep, or else the last DPO run, or the last SFT run.
+
+    RECIPE is a run directory itself, a folder of runs, or a recipe's name or file, whose runs are under `root`; the
+    recipe need not be there. RunError says what is there instead.
+    """
+    folder = runs_folder(recipe, root)
+    if Run(folder).has_started:
+        if name is not None or best:
+            raise RunError(f"{recipe} is a run itself; leave --run, --runs and --best out, or name its recipe")
+        return Run(folder)
+    if best:
+        return _chosen(folder)
+    if name is not None:
+        return _there(folder / check_name(name), recipe)
+    if not (runs := runs_in(folder)):
+        return _there(folder, recipe)
+    return max(runs, key=lambda run: (run.manifest.stage == "dpo", run.manifest.started or ""))
+
+
+def runs_folder(recipe: str, root: Path = RUNS) -> Path:
+    """Where the runs of RECIPE are: `runs/NAME` for a recipe's name or file; a folder is itself."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return root / path.stem
+    holds_runs = Run(path).has_started or runs_in(path) or (path / SWEEP).is_file()
+    return path if holds_runs or len(path.parts) > 1 else root / recipe
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return sorted((Run(file.parent) for file in folder.glob("*/manifest.json")), key=lambda run: run.path)
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep whose members are in this folder, none where there was no sweep."""
+    file = folder / SWEEP
+    if not file.is_file():
+        return None
+    sweep = typed.read_file(Sweep, file, "make it anew with alignlab sweep")
+    for name in (*(member.run for member in sweep.members), *([sweep.choice] if sweep.choice else [])):
+        check_name(name, f"{file}:")
+    return sweep
+
+
+def parent_of(run: Run) -> Run | None:
+    """The SFT run that a DPO run started from: beside it, as folders may be moved, or where its manifest says.
+
+    None where it started from `model.start`, or the SFT run is not there any more.
+    """
+    parent = run.manifest.parent
+    if not parent or not parent.run:
+        return None
+    places = (run.path.absolute().parent / Path(parent.run).name, Path(parent.run))
+    return next((found for found in map(Run, places) if found.path.is_dir()), None)
+
+
+def finished(run: Run) -> Run:
+    """The run; RunError where it has not finished, or its model is gone."""
+    if not run.is_finished:
+        command = run.manifest.command
+        goes_on = f"`{command}`" if command else "the command that made it"
+        raise RunError(f"{run.path} is not finished (it is {run.manifest.status}); {goes_on} goes on from there")
+    if not run.model.is_dir():
+        raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
+    return run
+
+
+def _chosen(folder: Path) -> Run:
+    sweep = read_sweep(folder)
+    if sweep is None:
+        raise RunError(f"there is no {folder / SWEEP} with a best run; make it with alignlab sweep, or name a run")
+    if sweep.choice is None:
+        raise RunError(f"{folder / SWEEP} has chosen no member: {sweep.why}; name a run with --run")
+    return _there(folder / sweep.choice)
+
+
+def _there(path: Path, recipe: str | None = None) -> Run:
+    """The run at a path; where there is none, RunError says which are beside it, and how RECIPE's are made."""
+    if (run := Run(path)).has_started:
+        return run
+    if run.metrics_file.is_file():
+        raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
+    if beside := [other.path.name for other in runs_in(path.parent)]:
+        raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
+    if recipe is None or path.is_dir():
+        raise RunError(f"there is no run at {path}")
+    find_recipe(recipe)  # says which recipes there are
+    raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
+
+
 def _plain(value: Any) -> Any:
     """What JSON can hold, without what is not known."""
     if dataclasses.is_dataclass(value):
@@ -289,13 +444,24 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def cut_back(run: Run, step: int) -> None:
-    """Leaves only what was logged up to `step`, which is where training goes on."""
-    for file in (run.metrics_file, run.samples_file):
-        if file.is_file():
-            write_lines(file, [row for row in read_lines(file) if row["step"] <= step])
+def cut_back(run: Run, step: int, logged: Sequence[Mapping[str, Any]]) -> None:
+    """Leaves of the logs what training goes on from: the rows of `logged`, and replies up to `step`.
+
+    A row that the file has lost is written again, without its time. Replies on the test split go, since they are drawn
+    after training, and would be there twice.
+    """
+    found = {_timeless(row): row for row in run.metrics()}
+    rows = [found.get(_timeless(row), row) for row in logged]
+    if lost := sum("time" not in row for row in rows):
+        log.warning("%s had lost %d of %d rows; they are back, without their times", run.metrics_file, lost, len(rows))
+    write_lines(run.metrics_file, rows)
+    write_lines(run.samples_file, [row for row in run.samples() if row["step"] <= step and row["split"] != "test"])
     if run.manifest.warnings:
         run.note(warnings=[warning for warning in run.manifest.warnings if warning.step <= step])
+
+
+def _timeless(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in row.items() if key != "time"}, sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -349,20 +515,34 @@ def _move_aside(path: Path) -> None:
     aside = next(p for n in range(1, 10_000) if not (p := path.with_name(f"{path.name}.old{n}")).exists())
     path.rename(aside)
     path.mkdir()
-    print(f"{path}: the older run is kept as {aside}", file=sys.stderr)
+    log.info("%s: the older run is kept as %s", path, aside)
 
 
 def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:
     if not run.has_started or not (manifest := run.manifest).consumed:
         return
     before, after = _flat(manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
-    if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
-        named = ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
+    if changed := _changed(before, after, before.keys() | after.keys()):
         raise RunError(
-            f"{run.path} was made from other settings: {named}; "
+            f"{run.path} was made from other settings: {changed}; "
             f"name a new run with --run, or train it again with --force"
         )
     assert manifest.stage == stage, f"{run.path} holds a {manifest.stage} run"
+
+
+def refuse_other_origin(run: Run, made_from: Mapping[str, Any]) -> None:
+    """Refuses a run whose data, weights or way of writing have changed since it was made or begun."""
+    before = run.manifest.made_from
+    if changed := _changed(before, made_from, before.keys()):
+        raise RunError(
+            f"{run.path} was made from something else: {changed}; "
+            f"bring that back, or train it again (alignlab {run.manifest.stage} --force)"
+        )
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], keys: Iterable[str]) -> str:
+    changed = sorted(key for key in keys if before.get(key) != after.get(key))
+    return ", ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -404,7 +584,9 @@ def _git_commit() -> str | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Writes the marker that makes a checkpoint count: the size and hash of each of its files."""
+    """Writes the marker that makes a checkpoint count, once its files are on the disk: the size and hash of each."""
+    for file in _files(checkpoint):
+        sync(file)
     write_json(checkpoint / MARKER, {str(f.relative_to(checkpoint)): _seal(f) for f in _files(checkpoint)})
 
 
@@ -418,14 +600,25 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def last_whole_checkpoint(run: Run) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that is whole, and the newer ones that are not."""
+    """The newest checkpoint that is whole, with the best one that it names, and the newer ones that are not."""
     found = [p for p in run.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     damaged = []
     for checkpoint in sorted(found, key=step_of, reverse=True):
-        if is_whole(checkpoint):
+        if is_whole(checkpoint) and is_whole(best_of(checkpoint)):
             return checkpoint, damaged
         damaged.append(checkpoint)
     return None, damaged
+
+
+def best_of(checkpoint: Path) -> Path:
+    """The best checkpoint up to this one, which is beside it; itself where there is none."""
+    best = read_state(checkpoint)["best_global_step"]
+    return checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What the trainer knew when it wrote the checkpoint: `log_history`, `best_global_step` and more."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -18,11 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignlab import generate
 from alignlab.disk import append_line
 from alignlab.estimate import mean_estimate
+from alignlab.format import Stops
 from alignlab.generate import Reply, batches, reply_logits, sample_replies
 from alignlab.measures import kl_per_reply
 from alignlab.quality import distinct, repetition
 from alignlab.run import Run
 from alignlab.store import ReferenceIdentity, read_replies, store_replies
+
+log = logging.getLogger(__name__)
 
 Reference = Callable[[], Iterator[PreTrainedModel]]  # a context in which the model answers as the reference does
 
@@ -35,7 +40,7 @@ class HeldOutPrompts:
     texts: list[str]
     ids: list[list[int]]
     max_new_tokens: int
-    stops: tuple[str, ...]  # texts that end a reply: the other side's turn, in the recipe's format
+    stops: Stops
     batch_size: int  # part of what fixes the replies, since each batch has its own seed
     seed: int
 
@@ -68,6 +73,7 @@ class Samples:
         self.run, self.tokenizer, self.prompts, self.identity = run, tokenizer, prompts, identity
         self.rank, self.world_size = self.shared_by = shared_by
         self.reference_replies: dict[int, list[Reply]] = {}  # by batch
+        self.rows: list[dict[str, Any]] = []  # of the last sampling, as `samples.jsonl` has them
         self.seconds = 0.0
 
     def on(self, prompts: HeldOutPrompts) -> Samples:
@@ -78,11 +84,21 @@ class Samples:
         """Samples, writes the replies to `samples.jsonl`, and returns the metrics of this evaluation."""
         began = time.monotonic()
         answers = self._answers(model, reference, is_start=step == 0)
-        for prompt, answer in zip(self.prompts.texts, answers, strict=True) if self.run.is_writer else ():
-            row = {"step": step, "split": self.prompts.split, "prompt": prompt, **_facts(answer)}
+        about = {"step": step, "split": self.prompts.split}
+        asked = zip(self.prompts.texts, answers, strict=True)
+        self.rows = [{**about, "prompt": prompt, **_facts(answer)} for prompt, answer in asked]
+        for row in self.rows if self.run.is_writer else ():
             append_line(self.run.samples_file, row)
         self.seconds += time.monotonic() - began
         return {f"eval_{name}": value for name, value in _metrics(answers).items()}
+
+    def say_what_is_lost(self) -> None:
+        """One line where the file holds fewer replies of an evaluation than were drawn: they do not come back."""
+        drawn = [row["step"] for row in self.run.metrics() if "eval/reply_tokens" in row]
+        there = Counter(row["step"] for row in self.run.samples())
+        if lost := [str(step) for step in drawn if there[step] < len(self.prompts.texts)]:
+            steps = f"step{'s' * (len(lost) > 1)} {', '.join(lost)}"
+            log.warning("%s has lost replies of %s; the metrics are whole", self.run.samples_file, steps)
 
     def _answers(self, model: PreTrainedModel, reference: Reference | None, is_start: bool = False) -> list[Answer]:
         everyones = list(batches(range(len(self.prompts.ids)), self.prompts.batch_size))
@@ -158,7 +174,8 @@ class Samples:
     def _drawing(self, number: int, prompts: list[list[int]]) -> dict[str, Any]:
         """What decides a batch of replies besides the model; rounding may decide a token, so threads are among it."""
         on_cpu = [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
-        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": self._how(number)}
+        how = self._how(number) | {"stops": asdict(self.prompts.stops)}
+        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": how}
         facts |= {"tokenizer": self._tokenizer_facts, "code": _code(), "on_cpu": on_cpu}
         return json.loads(json.dumps(facts))
 

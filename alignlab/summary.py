@@ -9,7 +9,8 @@ from alignlab.facts.runs import RunFacts, read_run
 from alignlab.report.rows import own_rows
 from alignlab.report.verdict import duration, verdict
 from alignlab.run import Manifest, Run
-from alignlab.text import as_text, harmless, paragraph
+from alignlab.tables import as_text, paragraph
+from alignlab.text import one_line
 
 SHOWN_REPLIES = 3
 REPLY_LINES = 4
@@ -37,8 +38,7 @@ def _side_by_side(sample: Mapping[str, Any], facts: RunFacts) -> Iterator[str]:
     if "reference_reply" in sample:
         spoken.append((facts.reference_name, str(sample["reference_reply"])))
     for who, text in [*spoken, (facts.stage.upper(), sample["reply"])]:
-        shown = " ".join(harmless(text).split()) or "(empty)"
-        yield from paragraph(f"  {who:10} {shown}", more=" " * 13, most=REPLY_LINES)
+        yield from paragraph(f"  {who:10} {one_line(text) or '(empty)'}", more=" " * 13, most=REPLY_LINES)
 
 
 def _cost(manifest: Manifest) -> Sequence[str]:

@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,12 @@ from alignlab import model as models
 from alignlab import run as runs
 from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.data import Prepared, prepare, prepare_replies, sft_rows
-from alignlab.errors import RunError
+from alignlab.data.pairing import CUT
+from alignlab.disk import digest
+from alignlab.errors import AlignlabError, RunError
 from alignlab.figures import figures_on_test, held_out_prompts
-from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit
+from alignlab.format import FIXED_DAY, Format, Stops
+from alignlab.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
 from alignlab.plan import plan_line
 from alignlab.recipe import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
@@ -41,14 +44,20 @@ from alignlab.trainers import AlignDPOTrainer, AlignSFTTrainer
 log = logging.getLogger(__name__)
 
 
+@together()
 def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """Supervised fine-tuning on the chosen replies (loss over the reply only); a finished run is left as it is."""
     with _opened(recipe, "sft", root, name, force) as run:
-        if run.is_finished:
-            return run
         section = with_weights(recipe).model
-        tokenizer, pairs = _prepared(recipe, run)
+        tokenizer, pairs = prepare_data(recipe)
         replies = prepare_replies(recipe.data, tokenizer, pairs)
+        base = models.identify(section)
+        made_from = _made_from(recipe, tokenizer, pairs, base)
+        if replies is not pairs:
+            made_from["data for SFT"] = replies.fingerprint
+        if _is_made(run, made_from):
+            return run
+        _note_data(run, pairs)
         rows, held_out = sft_rows(replies.train), sft_rows(replies.validation)
         doubles = len(replies.train) - len(rows)
         log.info("data: %d replies to learn from; %d more rows hold one of them again", len(rows), doubles)
@@ -63,27 +72,29 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         trainer = AlignSFTTrainer(policy, args, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer)
         if isinstance(policy, PeftModel):
             models.settle_adapters(policy, section)
-        run.note(base=models.identify(section))
+        run.note(base=base, base_probe=trainer.probe(trainer.model, pairs.validation))
         _train(trainer, recipe, run, pairs, checkpoint)
         scores = heldout.score_pairs(trainer.model, pairs.test, tokenizer.pad_token_id)
-        probe = heldout.probe(trainer.model, pairs.validation, tokenizer.pad_token_id)
+        probe = trainer.probe(trainer.model, pairs.validation)
         _finish(trainer, run, probe=probe, test={"perplexity": heldout.reply_perplexity(scores), "n": len(pairs.test)})
     return run
 
 
+@together()
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
     sft, section, start = _start(recipe, root)
     parent = _parent(sft, start)
     with _opened(recipe, "dpo", root, name, force) as run:
-        _refuse_other_parent(run, parent)
-        if run.is_finished:
+        tokenizer, pairs = prepare_data(recipe)
+        base = models.identify(section)
+        made_from = _made_from(recipe, tokenizer, pairs, base) | {"start weights": parent.weights or parent.start}
+        if _is_made(run, made_from):
             return run
-        tokenizer, pairs = _prepared(recipe, run)
+        _note_data(run, pairs)
         checkpoint = _resume_point(run)
         here = _here(run.checkpoints, len(pairs.train), checkpoint)
         trainer = _dpo_trainer(recipe, section, start, here, tokenizer, pairs)
-        base = models.identify(section)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
         trainer.identity = _identify_reference(trainer, section, start, base)
@@ -92,7 +103,7 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         _train(trainer, recipe, run, pairs, checkpoint)
         began = time.monotonic()
         figures = figures_on_test(trainer, recipe, pairs, run)
-        _note_times(run, figures=time.monotonic() - began)
+        run.note(figures_seconds=round(time.monotonic() - began, 1))
         _finish(trainer, run, test=figures)
     return run
 
@@ -130,7 +141,7 @@ def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, her
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
     trainer = AlignDPOTrainer(policy, reference, args, **rows, processing_class=tokenizer)
     if isinstance(policy, PeftModel):
-        models.settle_adapters(policy, section)
+        models.settle_adapters(policy, section, start.adapter)
     return trainer
 
 
@@ -154,7 +165,7 @@ def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> Circumstan
 
 @contextlib.contextmanager
 def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
-    path = root / recipe.name / (name or run_name(recipe, stage))
+    path = root / recipe.name / (run_name(recipe, stage) if name is None else runs.check_name(name))
     state = _processes()
     check_world(state.num_processes)
     refuse_sharded_4bit(recipe.model)
@@ -165,12 +176,36 @@ def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: boo
         return
     with runs.opened(path, stage, consumed(recipe, stage), write_yaml(recipe), force=force) as run:
         state.wait_for_everyone()
-        if run.is_finished:
-            _say_finished(run.path, run.manifest.stop_reason)
-        else:
+        if not run.is_finished:
             _say_what_it_needs(recipe, stage, run)
             monitor.start_peak_memory()
-        yield run
+        with together():  # so that the manifest has this as its reason
+            yield run
+
+
+def _made_from(recipe: Recipe, tokenizer, pairs: Prepared, base: Mapping[str, Any]) -> dict[str, Any]:
+    """By content, what decides the result of a run besides its settings."""
+    template = tokenizer.chat_template if recipe.data.format == "chat" else None
+    return {
+        "data": pairs.fingerprint,
+        "base weights": base.get("weights") or base["revision"],
+        "chat template": template and digest(template),
+        "stops": _stops(recipe, tokenizer).said,
+    }
+
+
+def _stops(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Stops:
+    return models.find_stops(recipe.model, Format(recipe.data.format, tokenizer))
+
+
+def _is_made(run: Run, made_from: Mapping[str, Any]) -> bool:
+    """Whether the run is finished; RunError where it was made from something else than it would be now."""
+    runs.refuse_other_origin(run, made_from)
+    if run.is_finished:
+        _say_finished(run.path, run.manifest.stop_reason)
+        return True
+    run.note(made_from=made_from)
+    return False
 
 
 @functools.cache  # once a process: each member of a sweep asks for the SFT run
@@ -207,16 +242,44 @@ def with_weights(recipe: Recipe) -> Recipe:
 
 def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
     """The recipe's tokenizer and its pairs as the model will see them, without a run."""
-    tokenizer = models.load_tokenizer(with_weights(recipe).model)
-    return tokenizer, prepare(recipe.data, tokenizer)
+    section = with_weights(recipe).model
+    tokenizer = models.load_tokenizer(section)
+    pairs = prepare(recipe.data, tokenizer)
+    _say_how_it_is_written(section.name, Format(recipe.data.format, tokenizer), pairs.repaired.get(CUT, 0))
+    return tokenizer, pairs
 
 
-def _prepared(recipe: Recipe, run: Run) -> tuple[PreTrainedTokenizerBase, Prepared]:
-    tokenizer, pairs = prepare_data(recipe)
-    if _processes().is_main_process:
+def stops_of(recipe: Recipe) -> list[str] | None:
+    """What ends a reply under this recipe; none, and a line that says why, where its tokenizer cannot be loaded."""
+    try:
+        section = recipe.model
+        tokenizer = pretrain.tokenizer(recipe.data.toy) if section.name == "toy" else models.load_tokenizer(section)
+        return models.find_stops(section, Format(recipe.data.format, tokenizer)).said
+    except AlignlabError as error:
+        log.warning("stops are not known: %s", error)
+        return None
+
+
+def _say_how_it_is_written(model: str, form: Format, cut: int) -> None:
+    """What the way of writing dialogues does to a run, a line each, where a reader would not expect it."""
+    if form.name != "chat" and form.chat_template:
+        models.say_once(
+            f"{model} brings a chat template, and data.format={form.name} writes dialogues in another way; "
+            f"an instruct model keeps its own with data.format=chat"
+        )
+    if form.writes_date:
+        day = f"{FIXED_DAY:%d %b %Y}"
+        models.say_once(f"the chat template writes the day's date: here it is always {day}, so that runs agree")
+    if not form.learns_end:
+        models.say_once(f"the chat template writes nothing behind a reply: what is learned as its end is {form.eos}")
+    if cut:
+        models.say_once(f"{cut} replies are cut at data.max_reply_tokens, so that their end is not learned")
+
+
+def _note_data(run: Run, pairs: Prepared) -> None:
+    if run.is_writer:
         shutil.copyfile(pairs.dropped_rows, run.dropped_file)
         run.note(data=_facts_of(pairs))
-    return tokenizer, pairs
 
 
 def _facts_of(prepared: Prepared) -> dict[str, Any]:
@@ -228,9 +291,11 @@ def _resume_point(run: Run) -> Path | None:
     checkpoint, damaged = runs.last_whole_checkpoint(run)
     for broken in damaged:
         log.warning("%s is not whole and is removed; going on from %s", broken, checkpoint or "the start")
+    _processes().wait_for_everyone()
     if _processes().is_main_process:
         runs.remove_checkpoints(damaged)
-        runs.cut_back(run, runs.step_of(checkpoint) if checkpoint else -1)
+        step, logged = (runs.step_of(checkpoint), monitor.logged_rows(checkpoint)) if checkpoint else (-1, [])
+        runs.cut_back(run, step, logged)
     _processes().wait_for_everyone()
     if checkpoint:
         log.info("resuming from %s", checkpoint)
@@ -239,14 +304,19 @@ def _resume_point(run: Run) -> Path | None:
 
 def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path | None) -> None:
     interrupt = _add_callbacks(trainer, recipe, run)
-    prompts = held_out_prompts(recipe, pairs.validation, "validation", trainer.args.seed)
+    stops = _stops(recipe, trainer.processing_class)
+    run.note(stops=stops.said)
+    log.info("a reply ends at %s", " or ".join(map(repr, stops.said)))
+    prompts = held_out_prompts(recipe, pairs.validation, "validation", stops, trainer.args.seed)
     trainer.samples = Samples(run, trainer.processing_class, prompts, _share(trainer), trainer.identity)
     _say_what_is_repeated(trainer, len(pairs.validation))
-    began = time.monotonic()
+    if run.is_writer:
+        trainer.samples.say_what_is_lost()
     with monitor.wandb_run(run, recipe.name):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    _note_times(run, training=time.monotonic() - began, sampling=trainer.samples.seconds)
-    if interrupt.asked:
+    training, sampling = trainer.carried_over.seconds, trainer.samples.seconds
+    run.note(training_seconds=round(training, 1), sampling_seconds=round(sampling, 1))
+    if interrupt.stopping:
         step = trainer.state.global_step
         run.note(status="stopped", stop_reason=f"interrupted at step {step}")
         raise KeyboardInterrupt(f"stopped at step {step} with a checkpoint; the same command goes on from there")
@@ -260,8 +330,9 @@ def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt
     for callback in (ProgressCallback, PrinterCallback):  # `monitor.Progress` takes their place
         trainer.remove_callback(callback)
     interrupt = monitor.StopOnInterrupt()
+    trainer.carried_over = monitor.CarriedOver(trainer)
     own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
-    own += [monitor.MetricsFile(run), monitor.WholeCheckpoints()]
+    own += [monitor.MetricsFile(run), trainer.carried_over, monitor.WholeCheckpoints(run)]
     if isinstance(trainer, AlignDPOTrainer):
         limits = recipe.monitor
         run.note(limits={"max_kl": limits.max_kl, "max_accuracy": limits.max_accuracy, "action": limits.action})
@@ -292,12 +363,6 @@ def _say_what_is_repeated(trainer, held_out: int) -> None:
         log.info(
             "held-out figures count %d of %d rows twice, to give %d processes as many each", short, held_out, world
         )
-
-
-def _note_times(run: Run, **seconds: float) -> None:
-    """Adds to what earlier starts of the same run have taken."""
-    names = {f"{name}_seconds": value for name, value in seconds.items()}
-    run.note(**{name: round((getattr(run.manifest, name) or 0) + value, 1) for name, value in names.items()})
 
 
 def _parent(sft: Run | None, start: models.Start) -> Parent:
@@ -347,29 +412,31 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     return dataclasses.replace(pairs, **filled)
 
 
-def _refuse_other_parent(run: Run, parent: Parent) -> None:
-    before = run.manifest.parent
-    if before and before != parent:
-        raise RunError(
-            f"{run.path} was trained from {before}, and would start from {parent}; "
-            f"name a new run with --run, or train it again with --force"
-        )
-
-
 def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:
-    """The step-0 checks: the reference is the SFT model, and the policy starts where the reference is."""
-    pad = trainer.processing_class.pad_token_id
+    """The step-0 checks: policy and reference are the models that the recipe means, for TRL's loss too."""
     section = recipe.model
-    if section.reference == "sft":
-        if sft:
-            with trainer.as_reference() as reference:
-                found = heldout.probe(reference, pairs.validation, pad)
-            exact = section.dtype == "float32" and not section.load_in_4bit
-            monitor.check_reference(found, sft.manifest.probe, exact)
-        for pair in pairs.train.select(range(min(4, len(pairs.train)))):
-            first = trainer.score_one(pair)
-            rewards = first["rewards/chosen"], first["rewards/rejected"]
-            monitor.check_start(first["loss"], *rewards, plain_sigmoid=trainer.loss_types == ["sigmoid"])
+    exact = section.dtype == "float32" and not section.load_in_4bit
+    policy = trainer.probe(trainer.model, pairs.validation)
+    with trainer.as_reference() as model:
+        reference = trainer.probe(model, pairs.validation)
+    if sft:
+        tuned, base = sft.manifest.probe, sft.manifest.base_probe
+        monitor.check_probe("policy", policy, "SFT run", tuned, base, exact)
+        if section.reference == "sft":
+            monitor.check_probe("reference", reference, "SFT run", tuned, base, exact)
+        elif base:
+            monitor.check_probe("reference", reference, "base model", base, tuned, exact)
+    if section.reference == "base":
+        return
+    monitor.check_probe("reference", reference, "policy", policy, None, exact)
+    for pair in pairs.train.select(range(min(4, len(pairs.train)))):
+        first = trainer.score_one(pair)
+        logps = [first[f"logps/{side}"] for side in ("chosen", "rejected")]
+        rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
+        apart = [nats - reward / trainer.beta for nats, reward in zip(logps, rewards, strict=True)]
+        monitor.check_probe("reference in TRL's loss", apart, "policy", logps, None, exact)
+        if trainer.starts_at_ln_2:
+            monitor.check_loss(first["loss"])
 
 
 def _finish(trainer, run: Run, **facts: Any) -> None:
@@ -381,6 +448,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.save_pretrained(beside, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}))
     trainer.processing_class.save_pretrained(beside)
+    models.generation_config(trainer.samples.prompts.stops, trainer.processing_class).save_pretrained(beside)
     shutil.rmtree(run.model, ignore_errors=True)
     beside.rename(run.model)
     run.note(
@@ -388,7 +456,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
         world_size=_processes().num_processes,
-        peak_memory_gib=round(monitor.peak_memory() / 2**30, 2),
+        peak_memory_gib=round(trainer.carried_over.peak() / 2**30, 2),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **facts,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,18 +11,20 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
-from peft import PeftModel
+from datasets import Dataset, IterableDataset
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab import heldout
+from alignlab.errors import RunError
 from alignlab.generate import batches
 from alignlab.heldout import PairLogps
 from alignlab.model import load_adapters
-from alignlab.monitor import Guard
+from alignlab.monitor import CarriedOver, Guard
 from alignlab.packing import decide, share_prefixes
+from alignlab.run import is_whole
 from alignlab.samples import Samples
 from alignlab.store import ReferenceIdentity
 
@@ -39,20 +40,32 @@ class _Seams:
 
     samples: Samples | None = None
     guard: Guard | None = None
+    carried_over: CarriedOver | None = None
     identity: ReferenceIdentity | None = None  # of the reference, where the store may know it
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        """Restores adapters bit for bit, and the token count that no checkpoint holds (TRL 1.16)."""
+        """Restores adapters bit for bit."""
         if isinstance(self.model, PeftModel):
             load_adapters(self.model, Path(checkpoint))
         else:
             super()._load_from_checkpoint(checkpoint, model)
-        history = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"]
-        self._total_train_tokens = next((row["num_tokens"] for row in reversed(history) if "num_tokens" in row), 0)
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Trains nothing where the checkpoint was written at the end of training: its order to stop is in it.
+
+        Trainer would forget that order, and ask whether it is at the end only after one more step (transformers 5.23).
+        """
+        if self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
 
     def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if not is_whole(best):
+            raise RunError(f"{best} has changed since it was written; the same command trains again from a whole one")
         if isinstance(self.model, PeftModel):
-            load_adapters(self.model, Path(self.state.best_model_checkpoint))
+            load_adapters(self.model, best)
         else:
             super()._load_best_model()
 
@@ -74,14 +87,13 @@ class _Seams:
         return result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs and self._batch_sizes:
+        if self._batch_sizes:  # an evaluation ends with this log, under the name of its dataset where there are several
+            loss = next(name for name in reversed([*logs]) if name.endswith("_loss"))
             metrics = self._metrics["eval"]
             for name, values in metrics.items():
                 if len(values) == len(self._batch_sizes):
                     metrics[name] = [_mean(values, [sizes[self._weight_of(name)] for sizes in self._batch_sizes])]
-            logs["eval_loss"] = _mean(
-                self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes]
-            )
+            logs[loss] = _mean(self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes])
             logs["eval_perplexity"] = self._perplexity()
             logs |= self._errors()
             if self.samples:
@@ -93,6 +105,11 @@ class _Seams:
     def _errors(self) -> dict[str, float]:
         """Standard errors of held-out means, where they follow from the means alone."""
         return {}
+
+    def probe(self, model: PreTrainedModel, pairs: Dataset) -> list[float]:
+        """What `heldout.probe` gives, in the precision of training: before it begins too, and of the reference."""
+        with self.accelerator.autocast():
+            return heldout.probe(model, pairs, self.processing_class.pad_token_id)
 
     def _total(self, count: torch.Tensor) -> int:
         return self.accelerator.gather(count).sum().item()
@@ -134,6 +151,8 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args: DPOConfig, dataset_name: str) -> Dataset:
         """The pairs as they are: they hold token ids, and TRL would tokenize them again, cut them and drop some."""
+        if isinstance(dataset, IterableDataset):  # its lengths are not known
+            return dataset
         prompt, chosen, rejected = (pc.list_value_length(dataset.data.column(name)) for name in IDS)
         longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py()
         assert args.max_length is None or longest <= args.max_length, (
@@ -243,12 +262,19 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         policy = self._unwrapped()
         if self.ref_model is not None:
             policy.load_state_dict(self.accelerator.unwrap_model(self.ref_model).state_dict())
-            return
-        for name, weight in policy.named_parameters():
-            if ".default." in name and "ref" in policy.peft_config:
-                weight.copy_(policy.get_parameter(name.replace(".default.", ".ref.")))
-            elif ".lora_B.default." in name:  # the reference is the model without its adapter
-                weight.zero_()
+        elif "ref" in policy.peft_config:
+            set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="ref"))
+        else:  # the reference is the model without its adapter, as which a fresh one answers
+            config = policy.peft_config["default"]
+            policy.delete_adapter("default")
+            policy.add_adapter("default", config)
+            policy.set_adapter("default")
+
+    @property
+    def starts_at_ln_2(self) -> bool:
+        """Whether the loss is ln 2 where policy and reference are the same: a sigmoid loss and nothing else."""
+        plain = self.loss_types == ["sigmoid"] and self.loss_weights == [1.0]
+        return plain and not self.use_weighting and not self.aux_loss_enabled
 
     @torch.no_grad()
     def score_one(self, pair: Mapping[str, Any]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from alignlab.errors import DataError
@@ -25,15 +24,11 @@ class Turn(NamedTuple):
 
     role: str
     text: str
+    reasoning: str | None = None  # what an assistant thought before; only chat templates can write it
 
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt that ends with `\\n\\nAssistant:` and two replies; prompt + reply is the transcript again."""
-
-    prompt: str
-    chosen: str
-    rejected: str
+    def __repr__(self) -> str:
+        thought = "" if self.reasoning is None else f", reasoning={self.reasoning!r}"
+        return f"Turn(role={self.role!r}, text={self.text!r}{thought})"
 
 
 def split_turns(text: str) -> list[Turn]:
@@ -78,8 +73,8 @@ def split_last_turn(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def split_pair(chosen: str, rejected: str) -> Pair:
-    """The shared prompt of two transcripts and their replies: the last Assistant turn of each.
+def split_pair(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The prompt that two transcripts share, and the last Assistant turn of each: prompt + reply is a transcript again.
 
     Raises `DataError` with the reason where they are no pair of different, non-empty answers to one prompt.
     """
@@ -88,7 +83,7 @@ def split_pair(chosen: str, rejected: str) -> Pair:
     if prompt != other_prompt:
         raise DataError("chosen and rejected answer different prompts")
     check_replies(chosen_reply, rejected_reply)
-    return Pair(prompt, chosen_reply, rejected_reply)
+    return prompt, chosen_reply, rejected_reply
 
 
 def check_replies(chosen: str, rejected: str | None) -> None:
@@ -99,12 +94,20 @@ def check_replies(chosen: str, rejected: str | None) -> None:
         raise DataError("the two replies are identical")
 
 
-def dialogue_key(turns: Iterable[Turn]) -> str:
-    """The first Human turn: rows that share it are one dialogue, and must not stand in two splits."""
-    for turn in turns:
-        if turn.role == "Human":
-            return turn.text.strip()
-    raise DataError("no Human turn stands before the reply")
+def dialogue_key(turns: Iterable[Turn], at_least: int = 0) -> str:
+    """The first Human turn: rows that share it are one dialogue, and must not stand in two splits.
+
+    With fewer characters than `at_least` it is a greeting, and the next Human turns belong to the key as well.
+    """
+    said = [turn.text.strip() for turn in turns if turn.role == "Human"]
+    if not said:
+        raise DataError("no Human turn stands before the reply")
+    key = said[0]
+    for text in said[1:]:
+        if len(key) >= at_least:
+            break
+        key = f"{key}\n\n{text}"
+    return key
 
 
 def shorten(turns: Sequence[Turn], fits: Callable[[Sequence[Turn]], bool]) -> Sequence[Turn] | None:

@@ -49,9 +49,13 @@ def encode_whole(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bos: 
 class Encoder:
     """Texts → token ids, as the tokenizer gives them; `by_words` says whether word by word."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: bool):
-        """`bos`: whether the tokenizer adds its BOS; not where a chat template has written it."""
-        self.tokenizer, self.bos = tokenizer, bos
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: bool, end: str | None = None):
+        """`bos`: whether the tokenizer adds its BOS; not where a chat template has written it.
+
+        `end` is the token behind a reply, where that is not the EOS.
+        """
+        self.tokenizer, self.bos, self.end = tokenizer, bos, end or tokenizer.eos_token
+        self._end_id = tokenizer.convert_tokens_to_ids(self.end)
         space = cuts_at_spaces(tokenizer)
         self._cut_anywhere = re.compile(rf" (?<=[^\s{space or ''}] )").split
         self._is_gap = re.compile(rf"[^\s{space or ''}] ").match
@@ -70,10 +74,9 @@ class Encoder:
         return self._joined([(self._firsts[words[0]], words[1:]) for words in cut])
 
     def replies(self, prompts: Sequence[str], prompt_ids: Sequence[Ids], replies: Sequence[str]) -> list[Ids | None]:
-        """The ids of each reply and its EOS as they stand behind the prompt; none where the two merge into a token."""
+        """The ids of each reply and its end as they stand behind the prompt; none where the two merge into a token."""
         if not self.by_words:
-            eos = self.tokenizer.eos_token
-            texts = [prompt + reply + eos for prompt, reply in zip(prompts, replies, strict=True)]
+            texts = [prompt + reply + self.end for prompt, reply in zip(prompts, replies, strict=True)]
             wholes = [np.array(ids, np.int32) for ids in encode_whole(self.tokenizer, texts, self.bos)]
             return [_behind(start, whole) for start, whole in zip(prompt_ids, wholes, strict=True)]
         found = self._replies(prompts, replies)
@@ -95,8 +98,8 @@ class Encoder:
             known = self._firsts if is_first else self._words
             alone, head = known[last], known[words[0]]
             heads.append(head[len(alone) :] if head.startswith(alone) else None)
-        eos = np.array([self.tokenizer.eos_token_id], np.int32).tobytes()
-        ids = self._joined([(head or b"", words[1:]) for head, words in zip(heads, texts, strict=True)], eos)
+        end = np.array([self._end_id], np.int32).tobytes()
+        ids = self._joined([(head or b"", words[1:]) for head, words in zip(heads, texts, strict=True)], end)
         return [None if head is None else found for head, found in zip(heads, ids, strict=True)]
 
     def _last_word(self, text: str) -> tuple[str, bool]:
@@ -166,12 +169,12 @@ class Encoder:
         return (found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False))
 
     def _agrees(self, text: str) -> bool:
-        """Whether words give the ids of the whole text, and an EOS behind it is one id more."""
-        whole = encode_whole(self.tokenizer, [text, text + self.tokenizer.eos_token], self.bos)
+        """Whether words give the ids of the whole text, and an end behind it is one id more."""
+        whole = encode_whole(self.tokenizer, [text, text + self.end], self.bos)
         first, *words = self._cut(text)
         self._learn_firsts([first])
         ids = self._joined([(self._firsts[first], words)])[0].tolist()
-        return [ids, [*ids, self.tokenizer.eos_token_id]] == whole
+        return [ids, [*ids, self._end_id]] == whole
 
 
 def _as_bytes(ids: Sequence[int]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Text:
             yield from self.leaves(loader, value, below, faults)
 
     def _word(self, node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode) or not node.value:
+        if not isinstance(node, yaml.ScalarNode) or not node.value or not node.value.isprintable():
             raise RecipeError(f"{self.at(node.start_mark)} has a key that is not a word; write key: value")
         return node.value
 
@@ -109,10 +110,10 @@ def read_overrides(overrides: Sequence[str], faults: list[str]) -> dict[Key, Wri
     for override in overrides:
         name, equals, value = override.partition("=")
         where = f"command line: {override!r}"
-        if not (equals and value.strip() and all(name.split("."))):
+        if not (equals and value.strip() and all(name.split(".")) and name.isprintable()):
             faults.append(f"{where} is not an override; write section.key=value, such as dpo.beta=0.3")
             continue
-        text = Text(value, where, Path(), is_file=False)
+        text = Text(_plain(value), where, Path(), is_file=False)
         try:
             leaves = list(text.leaves(*text.compose(), tuple(name.split(".")), faults))
         except RecipeError as error:
@@ -126,9 +127,14 @@ def read_overrides(overrides: Sequence[str], faults: list[str]) -> dict[Key, Wri
     return given
 
 
+def _plain(value: str) -> str:
+    """The value, quoted where YAML would take the end of a plain one for a comment: a path may hold ` #`."""
+    return json.dumps(value, ensure_ascii=False) if " #" in value and value.lstrip()[:1] not in "\"'[{" else value
+
+
 def merge(below: dict[Key, Written], above: dict[Key, Written]) -> dict[Key, Written]:
     """Both, where `above` replaces what it touches; its `{}` takes nothing away from a mapping with keys."""
-    merged = dict(below)
+    merged = {key: item for key, item in below.items() if not _is_of_other_data(key, below, above)}
     for key, item in above.items():
         touching = [other for other in merged if _touch(key, other)]
         if item.value == {} and any(len(other) > len(key) for other in touching):
@@ -138,6 +144,21 @@ def merge(below: dict[Key, Written], above: dict[Key, Written]) -> dict[Key, Wri
                 del merged[other]
         merged[key] = item
     return merged
+
+
+# What a recipe says of `data.path`: its rows, and where it is a dataset of another name, the parts of it
+_OF_ROWS, _OF_PARTS = ("source", "columns"), ("subset", "config", "split", "test_split")
+
+
+def _is_of_other_data(key: Key, below: dict[Key, Written], above: dict[Key, Written]) -> bool:
+    """Whether a setting describes the data of a path that `above` replaces by another one."""
+    section = next((prefix for prefix in (("data", "sft"), ("data",)) if key[: len(prefix)] == prefix), None)
+    new = section and above.get((*section, "path"))
+    if not new or len(key) == len(section):
+        return False
+    names = [Path(str(item.value)).name for item in (new, below.get((*section, "path"))) if item]
+    gone = _OF_ROWS if len({*names}) == 1 and len(names) == 2 else _OF_ROWS + _OF_PARTS
+    return key[len(section)] in gone
 
 
 def _touch(one: Key, other: Key) -> bool:

@@ -8,7 +8,7 @@ from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import Comparison, Evaluation, ModelFacts
 from alignlab.facts.runs import Evaluated, OnTest, RunFacts
 from alignlab.run import Limits, Manifest, Warned
-from alignlab.text import WinRate
+from alignlab.tables import WinRate
 
 KL = Estimate(0.53, 0.04, 32, 0.45, 0.61)
 MANIFEST = {"stage": "dpo", "status": "finished", "steps": 200, "best_step": 150, "stop_reason": "all 200 steps done"}

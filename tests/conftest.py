@@ -12,6 +12,7 @@ import pytest
 from fake_hub import Refusing, serving
 
 SHARED = Path(__file__).parents[2] / "shared"
+FOREIGN = ("WANDB_", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 SMALL = """
 about: never trained
 extends: tiny
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     cache = tempfile.mkdtemp(prefix="alignlab-test-cache-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:  # the hub on loopback is asked as a hub is
+        del os.environ[name]
     os.environ |= {"ALIGNLAB_CACHE": cache, "WANDB_MODE": "disabled", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # tiny models: threads only wait
 

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import pytest
-from built import run_facts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,10 +15,10 @@ from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RecipeError, RunError
 from alignlab.estimate import Estimate
-from alignlab.facts.sweep import SweepMember, read_sweep
+from alignlab.facts.sweep import columns_of, settings_of
 from alignlab.recipe import consumed, write_yaml
-from alignlab.run import Run
-from alignlab.sweep.choice import Row, choose, chosen_run, collect, render
+from alignlab.run import Run, find_run, read_sweep
+from alignlab.sweep.choice import Measured, choose, collect, render
 from alignlab.sweep.members import Members, find_members
 
 
@@ -40,7 +39,11 @@ def write_run(
         if scores is not None:
             written = [{"split": "validation", "pair": n, "chosen": c, "rejected": 0.0} for n, c in enumerate(scores)]
             disk.write_lines(path / "scores.jsonl", written)
-        data = {"kept": {"train": 9, "validation": 100, "test": 50}, "fingerprint": "same", **facts}
+        data = {
+            "kept": {"train": 9, "validation": len(scores or range(100)), "test": 50},
+            "fingerprint": "same",
+            **facts,
+        }
         run.note(status="finished", best_step=4, steps=4, data=data, test={})
     return run
 
@@ -71,7 +74,7 @@ def test_where_no_member_is_inside_the_limit_none_is_chosen(small):
     table = collect(members)
     assert table.choice is None and "the lowest is 12 ± 0.5 of dpo-beta0.5" in table.why
     with pytest.raises(RunError, match="has chosen no member: no member has a KL below 10"):
-        chosen_run(members.folder)
+        find_run(str(members.folder), best=True)
 
 
 def test_two_members_are_compared_over_the_same_pairs(small):
@@ -85,13 +88,36 @@ def test_two_members_are_compared_over_the_same_pairs(small):
     table = collect(members)
     assert "cannot be told apart" in table.why and "difference 0 ± 0, paired over the same 4 pairs" in table.why
     first = table.members[0]
-    margin, accuracy = first.margin, first.accuracy
-    assert (margin.mean, margin.stderr, margin.n) == (0.5, pytest.approx(math.sqrt(1 / 15 / 4)), 4)
-    assert (accuracy.mean, accuracy.stderr, accuracy.high) == (1.0, 0.0, 1.0)
-    assert accuracy.low == pytest.approx(0.405, abs=1e-3)  # of 1 1 1 1 1 0: 5/6 − 2.571·√(1/36)
+    assert first.margin.mean == 0.5 and first.margin.n == 4
+    assert first.margin.stderr == pytest.approx(math.sqrt(1 / 15 / 4))
+    assert (first.accuracy.mean, first.accuracy.stderr, first.accuracy.high) == (1.0, 0.0, 1.0)
+    assert first.accuracy.low == pytest.approx(0.405, abs=1e-3)  # of 1 1 1 1 1 0: 5/6 − 2.571·√(1/36)
     members = find_members("small", [], "0.4,0.1")
     write_run(members, [m.beta for m in members.all].index(0.4), 1.0, scores=[1.0, 2.0, 3.0, 4.0])
     assert "told apart from dpo-beta0.2 (0.5 ± 0.13): difference 0.5 ± 0.13, paired" in collect(members).why
+
+
+def test_damaged_lines_are_named_and_other_figures_take_their_place(small, caplog):
+    """Without one of its scores a run has the margin of its log; without a reply its KL is a mean over 15."""
+    members = find_members("small", [], "0.1,0.2")
+    write_run(members, 0, 0.5, scores=[1.0, 2.0, 3.0, 4.0])
+    run = write_run(members, 1, 0.7, scores=[2.0, 4.0, 6.0, 8.0])
+    for file in (run.scores_file, run.samples_file):
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([*lines[:2], lines[2][:9] + b"\n", *lines[3:]]))
+    member = next(member for member in collect(members).members if member.run == run.path.name)
+    assert (member.margin.mean, member.kl.n) == (0.7, 15)
+    assert caplog.messages == [f"{file}:3 is damaged and left out" for file in (run.scores_file, run.samples_file)]
+
+
+def test_a_run_that_has_lost_its_first_evaluation_is_not_compared(small):
+    """The next one would be taken for the perplexity before training."""
+    members = find_members("small", [], "0.1,0.2")
+    write_run(members, 0, 0.5)
+    run = write_run(members, 1, 0.7)
+    run.metrics_file.write_bytes(b"{\n" + run.metrics_file.read_bytes().splitlines(keepends=True)[1])
+    member = next(member for member in collect(members).members if member.run == run.path.name)
+    assert (member.status, member.error) == ("failed", f"{run.metrics_file} has no perplexity before the first step")
 
 
 def test_runs_that_kept_no_scores_say_that_the_error_is_not_known(small):
@@ -161,7 +187,7 @@ def test_a_run_that_is_still_going_counts_once_it_is_finished(small):
 
 def test_there_is_no_best_without_a_sweep(tmp_path):
     with pytest.raises(RunError, match="make it with alignlab sweep"):
-        chosen_run(tmp_path / "small")
+        find_run(str(tmp_path / "small"), best=True)
 
 
 @given(
@@ -170,23 +196,25 @@ def test_there_is_no_best_without_a_sweep(tmp_path):
 )
 @settings(max_examples=50, deadline=None)
 def test_the_choice_is_inside_the_limit_beats_the_others_and_depends_on_no_order(figures, random):
-    tiny = find_members("tiny", [], "0.5,0.1")
-    by_beta = {member.beta: member for member in tiny.asked}
-    rows = [Row(by_beta[beta], shown(margin, kl, beta), facts=run_facts()) for margin, kl, beta in figures]
-    chosen, why = choose(rows, 10.0)
-    inside = [row.shown.margin.mean for row in rows if row.shown.kl.mean < 10]
+    members = [measured(margin, kl, beta) for margin, kl, beta in figures]
+    chosen, why = choose(members, 10.0)
+    inside = [member.margin.mean for member in members if member.kl.mean < 10]
     assert (chosen is None) == (not inside) and "\n" not in why
     if chosen:
-        assert chosen.shown.margin.mean == max(inside) and chosen.shown.kl.mean < 10
-        random.shuffle(rows)
-        again = choose(rows, 10.0)[0]
-        assert again.shown.margin == chosen.shown.margin
+        assert chosen.margin.mean == max(inside) and chosen.kl.mean < 10
+        random.shuffle(members)
+        assert choose(members, 10.0)[0].margin == chosen.margin
 
 
-def shown(margin: float, kl: float, beta: float) -> SweepMember:
-    over_beta = Estimate(margin / beta, 0.1 / beta, 100)
-    figures = {"margin": Estimate(margin, 0.1, 100), "margin_over_beta": over_beta, "kl": Estimate(kl, 0.5, 32)}
-    return SweepMember(run=f"dpo-beta{beta}", status="finished", **figures)
+def measured(margin: float, kl: float, beta: float) -> Measured:
+    return Measured(
+        name=f"dpo-beta{beta}",
+        beta=beta,
+        margin=Estimate(margin, 0.1, 100),
+        margin_over_beta=Estimate(margin / beta, 0.1 / beta, 100),
+        accuracy=Estimate(0.5, 0.05, 100),
+        kl=Estimate(kl, 0.5, 32),
+    )
 
 
 def test_a_recipe_that_changed_leaves_its_old_members_out(small):
@@ -211,11 +239,11 @@ def test_seeds_of_one_setting_are_one_column_with_an_interval_over_seeds(small):
     for number, member in enumerate(members.all):
         write_run(members, number, margins[member.settings["dpo.seed"]] * (1 if member.beta == 0.5 else 0.5))
     table = collect(members)
-    assert len(table.members) == 6 and [setting.label for setting in table.settings] == [
+    assert len(table.members) == 6 and columns_of(table) == [
         "beta 0.5, seeds 3",
         "beta 0.1, seeds 3",
     ]
-    margin = table.settings[0].margin
+    margin = settings_of(table)[0].margin
     assert (margin.mean, margin.n) == (pytest.approx(1.0), 3) and margin.stderr == pytest.approx(0.2 / math.sqrt(3))
     assert margin.high == pytest.approx(1.0 + 4.303 * 0.2 / math.sqrt(3), abs=1e-3)
     assert "seeds 3" in render(table, members.folder)
@@ -224,7 +252,7 @@ def test_seeds_of_one_setting_are_one_column_with_an_interval_over_seeds(small):
 def test_one_seed_of_a_setting_is_itself(small):
     members = grid(0)
     write_run(members, 0, 1.0)
-    assert collect(members).settings[0].margin.n == 100
+    assert settings_of(collect(members))[0].margin.n == 100
 
 
 @pytest.mark.parametrize("betas", ["0.5,0.1", "0.5,0.4,0.3,0.2,0.1,0.05"])
@@ -244,7 +272,7 @@ def test_a_win_rate_has_its_counts_in_the_table_and_on_the_terminal(small):
     table = collect(members)
     assert (table.members[0].win_rate.wins, table.members[0].win_rate.losses) == (12, 2)
     assert "beta 0.5: 12 wins, 6 ties, 2 losses" in render(table, members.folder)
-    assert read_sweep(members.table).members[0].win_rate == table.members[0].win_rate
+    assert read_sweep(members.folder).members[0].win_rate == table.members[0].win_rate
 
 
 @pytest.mark.parametrize("name", ["figures.csv", "figures.md"])
@@ -279,5 +307,5 @@ def test_a_table_of_another_kind_is_refused_before_anything_is_done(small, capsy
 def test_a_sweep_of_another_hand_is_one_line(tmp_path, text, said):
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(RunError) as error:
-        chosen_run(tmp_path)
+        read_sweep(tmp_path)
     assert said in str(error.value) and "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from alignlab.cli import main
 
 DATA = "data: {{source: {source}, path: {path}}}\n"
 MODEL = "model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}\n"
+SHORT = ("data.max_prompt_tokens=64", "data.max_reply_tokens=64")
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."}
 
 
@@ -48,6 +49,28 @@ def write(folders, tmp_path):
 def test_an_unknown_recipe_is_answered_with_the_nearest(say):
     code, said = say("sft", "mistrall")
     assert code == 2 and "mistrall" in said and "mistral" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["data", "plan"])
+def test_json_is_all_that_stands_on_stdout_where_wandb_is_offline(command, write, tmp_path):
+    rows = [{side: text.replace("Hi", f"Hi {n}") for side, text in HH.items()} for n in range(40)]
+    write([json.dumps(row) for row in rows])
+    arguments = [sys.executable, "-m", "alignlab", command, "r.yaml", "--json"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=os.environ | {"WANDB_MODE": "offline"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_a_removed_key_is_answered_with_what_trl_wants(say):
+    code, said = say("show", "tiny", "dpo.use_liger_loss=true")
+    assert code == 2 and "use_liger_kernel" not in said and said.endswith("write model.use_kernels: true")
+
+
+def test_a_library_that_is_missing_is_named_whatever_the_model(say, write):
+    """transformers says so with ValueError, whichever place the model comes from; no network is to blame."""
+    write([json.dumps(HH)] * 3, extra="sft: {max_steps: 1}\n")
+    code, said = say("sft", "r.yaml", "model.use_kernels=true", "data.source=toy", "data.path=null", *SHORT)
+    assert code == 2 and "Kernels are not available. Please install" in said.splitlines()[-1]
 
 
 def test_every_fault_of_a_recipe_is_said_at_once(say):
@@ -175,6 +198,6 @@ def test_data_as_json_has_rows_kept_and_dropped_by_reason(write, tmp_path, capsy
     recipe = str(write(rows) / "r.yaml")
     assert main(["data", recipe, "--json", "--out", "pairs.jsonl"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["rows"], said["kept"], sum(said["dropped"].values())) == (201, 200, 1)
+    assert (said["rows_read"], said["kept"], sum(said["dropped"].values())) == (201, 200, 1)
     written = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     assert len(written) == 200 and written[0].keys() == {"split", "prompt", "chosen", "rejected"}

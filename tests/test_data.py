@@ -5,8 +5,10 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +19,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignlab.data import preparation, prepare, sft_rows, write_pairs
+from alignlab.data.layouts import find_reader
 from alignlab.data.pairing import CUT, FOLDED, SHORTENED
-from alignlab.data.sources import plain_pairs
+from alignlab.data.rows import configs_named
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
 from alignlab.recipe import DataSection, ToySection
@@ -278,6 +281,10 @@ def test_the_fingerprint_is_that_of_the_prepared_rows(tmp_path, words):
 # Sources and formats
 
 
+def read_pair(row):
+    return list(find_reader([row], "pairs", {}).read(row, DataSection()))
+
+
 def message(role, content):
     return {"role": role, "content": content}
 
@@ -322,16 +329,17 @@ def test_pairs_as_text_or_messages_read_the_same(tmp_path, words, row):
         ([], "neither text nor a list"),
         ([message("tool", "42")], "a tool turn"),
         ([message("user", "q"), {"role": "assistant", "content": "", "tool_calls": [1]}], "a tool turn"),
-        ([message("human", "q")], "role is none of"),
-        ([message("user", ["q"])], "content is not text"),
-        ([message("user", "q"), message("system", "s")], "a system turn stands after"),
-        ([message("user", "q"), message("assistant", "a")], "does not begin and end with a user turn"),
+        ([message("wizard", "q")], "role is none of"),
+        ([message("user", 3)], "content is not text"),
+        ([message("user", [{"type": "image", "url": "x"}])], "a message holds 'image'"),
+        ([message("user", "q"), message("system", "s"), message("user", "q")], "a system turn stands after"),
+        ([message("user", "q"), message("assistant", "a")], "does not end with a user turn"),
         (f"{TRANSCRIPT}\n\nAssistant: begun", "in the middle of an Assistant turn"),
     ],
 )
 def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, reason):
     with pytest.raises(DataError, match=reason):
-        list(plain_pairs({"prompt": prompt, "chosen": "a", "rejected": "b"}, DataSection()))
+        read_pair({"prompt": prompt, "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.parametrize(
@@ -348,7 +356,7 @@ def test_prompts_that_cannot_be_answered_are_refused_with_the_reason(prompt, rea
 )
 def test_replies_that_answer_no_common_prompt_are_refused_with_the_reason(row, reason):
     with pytest.raises(DataError, match=reason):
-        list(plain_pairs(row, DataSection()))
+        read_pair(row)
 
 
 def test_a_reply_that_would_read_as_further_turns_is_dropped(tmp_path, words):
@@ -485,7 +493,7 @@ def test_a_file_that_cannot_be_used_is_one_line_that_says_where(tmp_path, words,
 
 def test_a_path_that_is_not_there_is_answered_with_the_nearest_name(tmp_path, words):
     write_lines(tmp_path / "pairs.jsonl", dialogues(9))
-    with pytest.raises(DataError, match=r"pears.jsonl: no such file or folder; did you mean .*pairs.jsonl\?"):
+    with pytest.raises(DataError, match=r"pears.jsonl': no such file or folder in .*; did you mean .*pairs.jsonl\?"):
         prepare(section(tmp_path / "pears.jsonl"), words)
     with pytest.raises(DataError, match=r"no folder 'helpful' inside \(there are pairs.jsonl\)"):
         prepare(section(tmp_path, subset="helpful"), words)
@@ -519,6 +527,29 @@ def test_a_hub_that_cannot_be_reached_and_one_that_refuses_say_what_to_do(refusi
     assert unknown.startswith(DataError.__name__) and "data.path" in unknown
     assert offline.startswith(MachineError.__name__) and "cannot be reached" in offline and "data.path" in offline
     assert not any("\n" in answer for answer in (gated, unknown, offline))
+
+
+def test_a_hub_that_gives_no_answer_is_one_line_within_seconds(tmp_path):
+    """A port that refuses, and one that takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        for port in (9, silent.getsockname()[1]):
+            said = hub_error("some/thing", HF_ENDPOINT=f"http://127.0.0.1:{port}", HF_HOME=str(tmp_path))
+            assert said.startswith(MachineError.__name__) and "cannot be reached" in said and "\n" not in said
+        assert time.monotonic() - began < 40, "each takes the libraries' imports and at most 5 s"
+
+
+def test_a_dataset_of_several_configs_lists_them_all(tmp_path):
+    import datasets
+
+    front = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("en", "fr", "de"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{front}---\n")
+    for name in ("en", "fr", "de"):
+        write_lines(tmp_path / f"{name}.jsonl", dialogues(1))
+    for config in (None, "es"):
+        with pytest.raises(ValueError) as error:
+            datasets.load_dataset(str(tmp_path), config)
+        assert sorted(configs_named(str(error.value))) == ["de", "en", "fr"]
 
 
 # What is made of the pairs

@@ -29,7 +29,7 @@ def description(tmp_path: Path, words):
 
 
 def test_rows_are_counted_kept_and_dropped(description):
-    assert (description["rows"], description["kept"]) == (8, 7)
+    assert (description["rows_read"], description["kept"]) == (8, 7)
     assert description["splits"] == {"train": 5, "validation": 1, "test": 1}
     assert description["dropped"] == {"the two replies are identical": 1}
 

@@ -18,6 +18,7 @@ from alignlab.doctor.doubles import QUOTED, double_findings, human_turns, letter
 from alignlab.format import Dialogue, Format
 from alignlab.prompts import as_transcript
 from alignlab.recipe import DataSection
+from alignlab.tables import UNSAFE
 from alignlab.transcript import Turn
 
 HOSTILE = ("\x00\x1b[31m\r\n", "\u202eevil\u200f", "你好，世界。" * 20, "a" * 10**6, "🙂", "e\u0301", "")
@@ -77,8 +78,8 @@ def test_what_is_said_counts(one, other):
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=300))
 def test_a_quoted_text_is_one_short_line_of_what_can_be_printed(text):
     quoted = quote(text)
-    assert quoted.isprintable() and len(quoted) <= 10 * QUOTED + 2
-    assert quote("a" * 200) == '"' + "a" * 99 + '…"' and quote("a\n\u202eb") == '"a\\n\\u202eb"'
+    assert not UNSAFE.search(quoted) and "\n" not in quoted and len(quoted) <= 10 * QUOTED + 2
+    assert quote("a" * 200) == '"' + "a" * 99 + '…"' and quote("a\n\u202eb") == '"a ⟨U+202E⟩b"'
 
 
 def test_what_is_no_transcript_is_one_turn():

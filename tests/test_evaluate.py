@@ -23,6 +23,7 @@ from alignlab.evaluate import answers
 from alignlab.evaluate.candidates import Bench, line_up
 from alignlab.evaluate.evaluator import Options, evaluate
 from alignlab.facts.evaluation import read_evaluation
+from alignlab.format import Format
 from alignlab.generate import reply_logits, sample_replies
 from alignlab.lineup import find_runs
 from alignlab.measures import kl_per_reply
@@ -134,7 +135,8 @@ def test_kl_is_that_of_models_loaded_each_by_itself(found, file, made, folders):
     policy, reference = alone(run.model), alone(run.path.parent / "sft" / "model")
     tokenizer, _ = prepare_data(recipe)
     prompts = [tokenizer(v["prompt"])["input_ids"] for v in beside(file, "verdicts")[:12]]
-    replies = sample_replies(policy, tokenizer, prompts, max_new_tokens=12, seed=0, batch_size=16)
+    stops = Format("hh", tokenizer).stops()
+    replies = sample_replies(policy, tokenizer, prompts, max_new_tokens=12, seed=0, batch_size=16, stops=stops)
     nats = []
     with torch.no_grad():
         for prompt, reply in zip(prompts, replies, strict=True):
@@ -577,9 +579,8 @@ def test_batches_are_at_least_four_times_as_fast_as_one_by_one(shared):
 
     def timed(batch_size: int):
         began = time.perf_counter()
-        replies = sample_replies(
-            model, tokenizer, prompts, max_new_tokens=64, seed=0, greedy=True, batch_size=batch_size
-        )
+        how = {"max_new_tokens": 64, "seed": 0, "stops": Format("hh", tokenizer).stops()}
+        replies = sample_replies(model, tokenizer, prompts, greedy=True, batch_size=batch_size, **how)
         return time.perf_counter() - began, replies
 
     timed(32)

@@ -29,7 +29,7 @@ from alignlab.facts.evaluation import (
 from alignlab.recipe import TargetsSection
 from alignlab.report.page import write_report
 from alignlab.report.replies import judged_replies
-from alignlab.text import Row, WinRate
+from alignlab.tables import Row, WinRate
 
 RATE = wins(68, 40, 9)
 ROW = Row(group="win rate", measure="over sft", unit="share", values={"dpo": RATE}, change={"dpo": None}, note="x")

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.cli import main
 from alignlab.errors import AlignlabError
-from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export, find_run
+from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
 from alignlab.export.card import chosen_from, is_local
 from alignlab.export.chat import chat_template
 from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
-from alignlab.run import Run
+from alignlab.run import Run, find_run, finished
 from alignlab.text import paths_in, publishable
 from alignlab.train import train_dpo, train_sft
 from alignlab.transcript import Turn, split_last_turn, split_turns
@@ -411,9 +411,9 @@ def test_the_run_is_found_by_recipe_name_and_choice(copied, monkeypatch):
     root = copied.path.parent.parent.parent
     monkeypatch.chdir(root)
     assert find_run("small", "sft").path == Path("runs/small/sft")
-    assert find_run("runs/small/sft").path == Path("runs/small/sft")
-    with pytest.raises(AlignlabError, match="runs/small/dpo holds no run; there: sft"):
-        find_run("small")
+    assert find_run("runs/small/sft").path == find_run("small").path == Path("runs/small/sft")
+    with pytest.raises(AlignlabError, match=r"there is no run at runs/small/dpo \(there: sft\)"):
+        find_run("small", "dpo")
     with pytest.raises(AlignlabError, match=r"there is no runs/small/sweep\.json with a best run"):
         find_run("small", best=True)
     sweep = {"recipe": "small", "rule": "best", "choice": "sft", "why": "so", "members": []}
@@ -423,8 +423,8 @@ def test_the_run_is_found_by_recipe_name_and_choice(copied, monkeypatch):
     with pytest.raises(AlignlabError, match="has chosen no member: all above the limit"):
         find_run("small", best=True)
     copied.note(status="running")
-    with pytest.raises(AlignlabError, match="is not finished"):
-        find_run("small", "sft")
+    with pytest.raises(AlignlabError, match=r"is not finished \(it is running\); `.*` goes on from there"):
+        finished(find_run("small", "sft"))
 
 
 # The hub ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import time
 
@@ -24,23 +25,25 @@ ONE_PAIR = b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'
 
 def write(path, rows):
     kind = "".join(path.suffixes)
-    if kind in (".jsonl", ".jsonl.gz"):
-        with gzip.open(path, "wt") if kind == ".jsonl.gz" else path.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    elif kind == ".json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif kind == ".csv":
-        with path.open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+    text = io.StringIO(newline="")
+    if kind.startswith((".jsonl", ".ndjson")):
+        text.writelines(json.dumps(row) + "\n" for row in rows)
+    elif kind.startswith(".json"):
+        json.dump(rows, text, indent=1)
+    elif kind.startswith((".csv", ".tsv")):
+        writer = csv.DictWriter(text, rows[0], delimiter="\t" if kind == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif kind == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
     else:
         table = pyarrow.Table.from_pylist(rows)
-        if kind == ".parquet":
-            pyarrow.parquet.write_table(table, path)
-        else:
-            with pyarrow.RecordBatchStreamWriter(path, table.schema) as stream:
-                stream.write_table(table, max_chunksize=2)
+        with pyarrow.RecordBatchStreamWriter(path, table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+        return path
+    content = text.getvalue().encode("utf-8-sig")
+    path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
     return path
 
 
@@ -57,19 +60,94 @@ def test_both_of_arrows_formats_are_read(tmp_path):
 def test_lines_are_those_of_an_editor(tmp_path):
     """A CSV row of ROWS takes two lines, behind the header; a table counts rows."""
     lines = {kind: [row.line for row in read_file(write(tmp_path / f"rows{kind}", ROWS))] for kind in READERS}
-    assert lines[".csv"] == [2, 4, 6, 8, 10]
+    assert lines[".csv"] == lines[".csv.gz"] == lines[".tsv"] == [2, 4, 6, 8, 10]
     assert lines[".jsonl"] == lines[".jsonl.gz"] == lines[".parquet"] == lines[".arrow"] == [1, 2, 3, 4, 5]
-    text = (tmp_path / "rows.json").read_text().splitlines()
+    text = (tmp_path / "rows.json").read_text(encoding="utf-8-sig").splitlines()
     assert all(text[line - 1].strip() == "{" for line in lines[".json"])
 
 
-def test_numbers_in_a_csv_are_numbers_and_other_cells_are_text(tmp_path):
+def test_cells_of_a_csv_are_text_and_empty_ones_no_fields(tmp_path):
     path = tmp_path / "shp.csv"
-    path.write_text("history,labels,score_A,score_B,extra\n42,1,7,2.5,\n43,maybe,high,1,x\n")
+    path.write_text("history,labels,score_A,extra\n42,1,7,\n43,maybe,high,x\n")
     assert [row.fields for row in read_file(path)] == [
-        {"history": "42", "labels": 1, "score_A": 7, "score_B": 2.5},
-        {"history": "43", "labels": "maybe", "score_A": "high", "score_B": 1, "extra": "x"},
+        {"history": "42", "labels": "1", "score_A": "7"},
+        {"history": "43", "labels": "maybe", "score_A": "high", "extra": "x"},
     ]
+
+
+def test_numbers_in_a_csv_are_numbers_where_a_layout_wants_some(tmp_path, tokenizer):
+    rows = [{"history": f"post {n}", "human_ref_A": "a", "human_ref_B": "b"} for n in range(60)]
+    path = write(tmp_path / "shp.csv", [{**row, "labels": 1, "score_A": 6, "score_B": 3} for row in rows])
+    found = prepare(DataSection(path=str(path), validation_share=0.2, test_share=0.2), tokenizer)
+    assert sum(found.kept.values()) == 60 and set(found.train["chosen"]) == {" a"}
+    lists = [{"prompt": f"q {n}", "responses": "['b', 'a']", "ratings": "[1.0, 2.0]"} for n in range(60)]
+    path = write(tmp_path / "ranked.csv", lists)
+    found = prepare(DataSection(path=str(path), validation_share=0.2, test_share=0.2), tokenizer)
+    assert set(found.train["chosen"]) == {" a"}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_csv_is_read_by_the_delimiter_of_its_header(tmp_path, delimiter):
+    path = tmp_path / "rows.csv"
+    lines = [delimiter.join(line) for line in (("prompt", "chosen", "rejected"), ("a;b, c|d"[:1], "e.", "f"))]
+    path.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert [row.fields for row in read_file(path)] == [{"prompt": "a", "chosen": "e.", "rejected": "f"}]
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"data": [PAIR, PAIR]},
+        {"version": "1.0", "rows": [PAIR, PAIR]},
+        {"alpaca_gpt4": [PAIR, PAIR]},
+        {name: [value] * 2 for name, value in PAIR.items()},
+        {name: {"0": value, "1": value} for name, value in PAIR.items()},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_that_wraps_the_rows_is_read(tmp_path, value, indent):
+    path = tmp_path / "rows.json"
+    path.write_text("\ufeff" + json.dumps(value, indent=indent), encoding="utf-8")
+    assert [row.fields for row in read_file(path)] == [PAIR, PAIR]
+
+
+def test_a_single_row_is_no_wrapper(tmp_path):
+    for row in (
+        PAIR,
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"prompt": "q", "answers": [{"text": "a"}] * 2},
+    ):
+        (tmp_path / "row.json").write_text(json.dumps(row))
+        assert [found.fields for found in read_file(tmp_path / "row.json")] == [row]
+
+
+def test_splits_in_one_file_are_kept_apart(tmp_path, tokenizer):
+    splits = {
+        name: [{**PAIR, "prompt": f"{name} {n}"} for n in range(count)] for name, count in (("train", 40), ("test", 9))
+    }
+    (tmp_path / "rows.json").write_text(json.dumps(splits))
+    found = prepare(DataSection(path=str(tmp_path / "rows.json"), validation_share=0.2), tokenizer)
+    assert found.kept["test"] == 9 and all(" test " in prompt for prompt in found.test["prompt"])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
+def test_utf_16_is_named_with_the_remedy(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes("prompt,chosen\n".encode(encoding))
+    with pytest.raises(DataError, match=rf"{name}: UTF-16 text; save it as UTF-8 \(iconv -f UTF-16"):
+        list(read_file(tmp_path / name))
+
+
+def test_a_path_may_hold_blanks_and_signs(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "my data #1 [old]"
+    folder.mkdir()
+    write(folder / "the rows (2).jsonl", [{**PAIR, "prompt": f"q {n}"} for n in range(40)])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (folder, folder / "the rows (2).jsonl", "~/my data #1 [old]"):
+        assert prepare(DataSection(path=str(path), validation_share=0.2, test_share=0.2), tokenizer).rows == 40
 
 
 @pytest.mark.parametrize(

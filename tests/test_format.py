@@ -72,7 +72,7 @@ def test_generation_starts_from_the_ids_that_training_saw(real, pairs_file, name
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(real), **sizes))
     model.register_forward_pre_hook(lambda _, args, of: fed.append(of["input_ids"].tolist()), with_kwargs=True)
     real.pad_token = real.pad_token or real.eos_token
-    sample_replies(model, real, [ids], max_new_tokens=1, seed=0)
+    sample_replies(model, real, [ids], max_new_tokens=1, seed=0, stops=form.stops())
     assert fed[0] == [pairs[0]["prompt_ids"]] == [ids]
     assert sft_rows(pairs)[0]["input_ids"][: len(ids)] == ids
 
@@ -146,9 +146,9 @@ def test_what_a_format_cannot_write_is_refused(tokenizer):
 
 
 def test_a_format_says_where_a_sampled_reply_ends(tokenizer):
-    stops = {name: Format(name, tokenizer).stops for name in WRITINGS}
-    assert stops == {"hh": ("\n\nHuman:",), "alpaca": ("\n\n### Instruction:",), "plain": ()}
-    assert Format("chat", tokenizer, TEMPLATES["chatml"]).stops == ()
+    stops = {name: Format(name, tokenizer).stops().said for name in WRITINGS}
+    turns = {"hh": ["\n\nHuman:"], "alpaca": ["\n\n### Instruction:"], "plain": []}
+    assert stops == {name: ["<eos>", *turns[name]] for name in WRITINGS}
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,8 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from alignlab.generate import NEXT_TURN, pad_left, reply_logits, reply_logps, sample_replies
+from alignlab.format import Format
+from alignlab.generate import pad_left, reply_logits, reply_logps
+from alignlab.generate import sample_replies as sample
 
+NEXT_TURN = "\n\nHuman:"
 ARCHITECTURES = ["gpt2", "llama", "mistral"]
 PROMPTS = [
     "\n\nHuman: Hello!\n\nAssistant:",
@@ -23,6 +26,11 @@ BY_HEART = {
     "\n\nHuman: Who are you and what do you want?\n\nAssistant:": " Nobody.\n\nHuman: And you?\n\nAssistant: Me.<eos>",
     "\n\nHuman: Count.\n\nAssistant:": " one two three four five six seven eight nine ten<eos>",
 }
+
+
+def sample_replies(model, tokenizer, prompts, stops=None, **how):
+    """Replies as HH has them end, where nothing else is said."""
+    return sample(model, tokenizer, prompts, stops=stops or Format("hh", tokenizer).stops(), **how)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,16 +97,33 @@ def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
     assert samples[0] == samples[1]
 
 
-def test_killed_on_two_ranks_and_resumed_is_the_run_that_was_never_killed(workplace, plain2):
-    killed = Run(workplace / "runs/plain2/felled")
-    process = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled", wait=False)
-    wait_until(process, lambda: any(row["step"] > 4 for row in read_lines(killed.metrics_file)))
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:  # torch gives each rank a session
-        each.kill()
-    process.wait()
+def test_a_rank_that_dies_ends_the_launch_and_the_same_command_goes_on(workplace, plain2):
+    felled = Run(workplace / "runs/plain2/felled")
+    process, said = with_a_rank_killed(1, workplace, felled, past_step=4)
+    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said, said
+    *_, others, launcher = said.splitlines()
+    assert others == "another process of this launch has died; the same command goes on from the last checkpoint"
+    assert launcher == "rank 1 was killed by SIGKILL; the same command goes on from the last checkpoint"
+    assert (felled.manifest.status, felled.manifest.stop_reason) == ("failed", "rank 1 was killed by SIGKILL")
     resumed = on_two_ranks(workplace, "dpo", "plain2", "--run", "felled")
     assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
-    same(killed, plain2)
+    same(felled, plain2)
+
+
+def test_where_the_rank_that_writes_dies_the_launch_says_so_in_its_place(workplace, plain2):
+    headless = Run(workplace / "runs/plain2/headless")
+    process, said = with_a_rank_killed(0, workplace, headless, past_step=-1)
+    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said, said
+    assert "[rank 1] another process of this launch has died" in said
+    assert (headless.manifest.status, headless.manifest.stop_reason) == ("failed", "rank 0 was killed by SIGKILL")
+
+
+def with_a_rank_killed(rank: int, workplace: Path, run: Run, past_step: int) -> tuple[subprocess.Popen, str]:
+    process = on_two_ranks(workplace, "dpo", "plain2", "--run", run.path.name, wait=False)
+    wait_until(process, lambda: any(row["step"] > past_step for row in read_lines(run.metrics_file)))
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    next(each for each in ranks if each.environ().get("RANK") == str(rank)).kill()
+    return process, process.communicate(timeout=120)[1]
 
 
 def test_a_typo_is_one_line_and_starts_nothing(workplace):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
+import graphlib
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,26 +17,6 @@ from alignlab import recipe
 from alignlab.fields import library_settings
 
 PACKAGE = Path(alignlab.__file__).parent
-ORDER = (
-    "errors disk typed estimate text rules fields store written recipe listing arguments launch guards run quality "
-    "transcript files words format prompts refusals toy "
-    "plan.shapes plan.tape plan.layers plan.memory plan "
-    "facts facts.logs facts.evaluation facts.sweep facts.runs "
-    "report report.curves report.verdict report.rows report.replies report.charts report.find report.page summary "
-    "data.rows data.sources data.splits data.pairing data.ledger data.prepared data.identity data.preparation data "
-    "doctor doctor.finding doctor.gate doctor.scan doctor.limits doctor.doubles doctor.near doctor.texts "
-    "doctor.damage doctor.shortcuts "
-    "doctor.costs doctor.description doctor.examination doctor.page "
-    "model measures generate heldout samples layout packing reference monitor pretrain trainers figures train probe "
-    "sweep sweep.members sweep.choice sweep.runner "
-    "export.chat export.card export.merge export.difference export.hub export "
-    "lineup "
-    "evaluate evaluate.winrate evaluate.ratings evaluate.judge evaluate.endpoint evaluate.kept evaluate.candidates "
-    "evaluate.answers evaluate.estimates evaluate.harm evaluate.stereotypes "
-    "evaluate.watch evaluate.preference evaluate.contests evaluate.safety evaluate.benchmarks evaluate.scoreboard "
-    "evaluate.evaluator "
-    "options cli __main__"
-).split()
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
         path.read_text(encoding="utf-8")
@@ -66,25 +45,8 @@ def imported(tree: ast.AST) -> set[str]:
     return {name.removeprefix("alignlab.") for name in found if name.startswith("alignlab.")} & set(TREES)
 
 
-def test_the_order_names_every_module_once():
-    assert sorted(ORDER) == sorted(set(TREES) - {"__init__"})
-
-
-def test_the_tree_of_the_readme_is_that_order():
-    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    tree = readme[readme.index("\nalignlab/ ") : readme.index("\nrecipes/ ")]
-    named = [line.split()[0].replace("/", ".") for line in tree.splitlines() if re.match("  [a-z]", line)]
-    assert named == [name for name in ORDER if name != "__main__"]
-
-
-def test_the_modules_of_a_package_stand_together():
-    packages = [name.partition(".")[0] for name in ORDER]
-    assert len([name for name, _ in itertools.groupby(packages)]) == len(set(packages))
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_from_those_above_it(module):
-    assert imported(TREES[module]) <= set(ORDER[: ORDER.index(module)])
+def test_no_module_imports_itself_by_way_of_others():
+    graphlib.TopologicalSorter({name: imported(tree) for name, tree in TREES.items()}).prepare()
 
 
 def test_an_import_inside_a_function_counts():

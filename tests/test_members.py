@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignlab.cli import main
+from alignlab.fields import library_settings
 from alignlab.recipe import load_recipe, run_name
 from alignlab.sweep.members import commands, find_members
 
@@ -92,6 +93,8 @@ def test_a_printed_command_names_the_members_own_run(betas, seeds):
 
 
 def test_printing_and_collecting_import_no_torch(small):
+    library_settings.cache_clear()
+    library_settings()  # the first recipe after an installation reads the libraries' fields, once
     heavy = "print([name for name in ('torch', 'trl', 'transformers', 'datasets') if name in sys.modules])"
     for mode in ("--print", "--collect"):
         program = f"import sys\nfrom alignlab.cli import main\nmain(['sweep', 'small', '{mode}'])\n{heavy}"

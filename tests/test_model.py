@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
@@ -168,7 +168,7 @@ def test_policy_and_reference_both_start_as_the_sft_adapter_bit_for_bit(
     policy, second = load_policy(of, Start(of.name, str(adapters[name]), ""))
     assert second is None
     trainer = dpo_trainer(policy, None, tokenizer, tmp_path)
-    settle_adapters(policy, of)
+    settle_adapters(policy, of, str(adapters[name]))
     saved = load_file(adapters[name] / "adapter_model.safetensors")
     for adapter in ("default", "ref"):
         found = {key.replace(".weight", ""): weight for key, weight in adapter_state(policy, adapter).items()}
@@ -182,7 +182,7 @@ def test_where_the_base_is_the_reference_no_copy_of_the_adapter_is_kept(section,
     of = section(reference="base")
     policy, second = load_policy(of, Start(of.name, str(adapters["llama"]), ""))
     dpo_trainer(policy, None, tokenizer, tmp_path)
-    settle_adapters(policy, of)
+    settle_adapters(policy, of, str(adapters["llama"]))
     assert second is None and list(policy.peft_config) == ["default"]
     with policy.disable_adapter():
         assert torch.equal(logits(policy), logits(load_weights(of)))
@@ -220,7 +220,7 @@ def test_a_checkpoints_adapters_come_back_bit_for_bit(in_4bit, section, adapters
     def fresh() -> DPOTrainer:
         policy, _ = load_policy(of, Start(of.name, str(adapters["gpt2"]), ""))
         trainer = dpo_trainer(policy, None, tokenizer, tmp_path)
-        settle_adapters(policy, of)
+        settle_adapters(policy, of, str(adapters["gpt2"]))
         return trainer
 
     trained = fresh()
@@ -235,6 +235,88 @@ def test_a_checkpoints_adapters_come_back_bit_for_bit(in_4bit, section, adapters
     assert equal(adapter_state(resumed.model, "ref"), adapter_state(trained.model, "ref"))
     assert not equal(adapter_state(resumed.model, "ref"), adapter_state(resumed.model))
     assert {weight.dtype for weight in adapter_state(resumed.model).values()} == {torch.float32}
+
+
+KINDS = {
+    "rank-stabilized": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "with biases of its own": {"lora_bias": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "one layer": {"layers_to_transform": [1], "target_modules": ["q_proj"]},
+    "ranks by layer": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
+    "whole modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "trained tokens": {"trainable_token_indices": [6, 8]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_policy_and_reference_are_the_sft_model_at_the_start_and_after_resuming(kind, section, tokenizer, tmp_path):
+    """Of every kind of LoRA that a recipe admits; the reference stays where it is while the policy moves."""
+    of = section(lora={**LORA, **KINDS[kind]})
+    tuned = models.add_adapter(load_weights(of), of)
+    move(tuned, seed=1)
+    tuned.save_pretrained(tmp_path / "sft")
+
+    def started() -> PeftModel:
+        policy, _ = load_policy(of, Start(of.name, str(tmp_path / "sft"), ""))
+        dpo_trainer(policy, None, tokenizer, tmp_path)
+        settle_adapters(policy, of, str(tmp_path / "sft"))
+        return policy
+
+    def as_reference(policy: PeftModel) -> torch.Tensor:
+        with use_adapter(policy, "ref"):
+            return logits(policy)
+
+    sft, policy = logits(tuned), started()
+    assert not torch.equal(sft, logits(load_weights(of)))
+    assert torch.equal(logits(policy), sft) and torch.equal(as_reference(policy), sft)
+    move(policy, seed=2)
+    assert not torch.equal(logits(policy), sft) and torch.equal(as_reference(policy), sft)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    resumed = started()
+    models.load_adapters(resumed, tmp_path / "checkpoint")
+    assert torch.equal(logits(resumed), logits(policy)) and torch.equal(as_reference(resumed), sft)
+
+
+def move(model: PeftModel, seed: int) -> None:
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_no_start(init, section, tmp_path):
+    """Its copy for the reference would take the same weights out of the base again."""
+    of = section()
+    model = load_weights(of)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA, init_lora_weights=init)).save_pretrained(tmp_path)
+    assert refusal(load_policy, of, Start(of.name, str(tmp_path), "")) == (
+        f"init_lora_weights of the adapter {tmp_path} is {init!r}; expected true, gaussian or orthogonal: "
+        f"the reference needs a base that the adapter leaves as it is; merge it and start there"
+    )
+
+
+def test_an_adapter_with_whole_modules_is_no_start_in_half_precision(section, tmp_path):
+    of = section(lora={**LORA, "modules_to_save": ["lm_head"]})
+    models.add_adapter(load_weights(of), of).save_pretrained(tmp_path)
+    narrow = section(dtype="bfloat16")
+    assert refusal(load_policy, narrow, Start(of.name, str(tmp_path), "")) == (
+        f"the adapter {tmp_path}: model.lora.modules_to_save is ['lm_head'], which are trained whole, in float32, "
+        f"where the model computes in bfloat16; set model.dtype=float32, or leave it out"
+    )
+
+
+def test_trained_tokens_are_refused_where_the_head_shares_their_weights(section, folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "tied")
+    config = AutoConfig.from_pretrained(tmp_path / "tied", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    of = replace(section(lora={**LORA, "trainable_token_indices": [6]}), name=str(tmp_path / "tied"))
+    assert refusal(models.add_adapter, load_weights(of), of) == (
+        "LoRA is on the output layer lm_head, where TRL does not train it; "
+        "it shares the embeddings' weights, so leave model.lora.trainable_token_indices out"
+    )
 
 
 # --- what DPO starts from ---

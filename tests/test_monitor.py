@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import os
 import resource
+import time
 
 import pytest
 import torch
+from fake_hub import serving
+from fake_wandb import KnowingNobody, NeverAnswering, Taking
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from alignlab import monitor
+from alignlab.arguments import wandb_is_off
 from alignlab.errors import ModelError
 from alignlab.monitor import (
     EvaluateAtEnd,
     MetricsFile,
     WeightsMove,
     WholeCheckpoints,
-    check_reference,
-    check_start,
+    check_loss,
+    check_probe,
     peak_memory,
     start_peak_memory,
     wandb_run,
@@ -118,38 +122,118 @@ def test_a_model_without_trainable_weights_is_refused(load, args):
         WeightsMove().on_train_begin(args, None, None, model=model)
 
 
-@pytest.mark.parametrize(("loss", "rewards"), [(LN2, (0.0, 0.0)), (LN2 + 0.009, (0.009, -0.009))])
-def test_policy_and_reference_that_agree_may_start(loss, rewards):
-    check_start(loss, *rewards, plain_sigmoid=True)
+@pytest.mark.parametrize(("found", "exact"), [(-100.1, True), (-101.1, False), (-100.0, True)])
+def test_a_model_that_gives_what_it_should_may_start(found, exact):
+    """SFT has changed the two replies by 10 nats together: a hundredth of them is allowed in float32, a tenth else."""
+    check_probe("policy", [-50.0, found], "SFT run", [-50.0, -100.0], [-55.0, -105.0], exact)
 
 
-@pytest.mark.parametrize("rewards", [(0.02, 0.0), (0.0, -0.02), (math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0)])
-def test_rewards_before_the_first_step_are_refused(rewards):
-    with pytest.raises(ModelError, match=r"before the first step the rewards are .*, not 0"):
-        check_start(LN2, *rewards, plain_sigmoid=True)
+@pytest.mark.parametrize(("found", "exact"), [(-100.2, True), (-101.5, False), (-98.5, False), (math.nan, True)])
+def test_a_model_that_gives_something_else_may_not(found, exact):
+    with pytest.raises(ModelError, match=r"where the SFT run gave -50\.00/-100\.00: it is not that model"):
+        check_probe("reference", [-50.0, found], "SFT run", [-50.0, -100.0], [-55.0, -105.0], exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_base_is_not_taken_for_an_sft_model_that_differs_by_little(exact):
+    """One nat of 300: less than the half per cent that a fixed tolerance would have to allow in half precision."""
+    with pytest.raises(ModelError, match="it is not that model"):
+        check_probe("reference", [-301.0], "SFT run", [-300.0], [-301.0], exact)
+
+
+def test_policy_and_reference_may_differ_by_rounding_only():
+    check_probe("reference", [-100.1], "policy", [-100.0], None, False)
+    with pytest.raises(ModelError, match=r"gives replies -100\.10 nats, where the policy gave -100\.00"):
+        check_probe("reference", [-100.1], "policy", [-100.0], None, True)
 
 
 @pytest.mark.parametrize("loss", [0.72, 0.0, math.nan])
 def test_a_sigmoid_loss_other_than_ln_2_is_refused(loss):
+    check_loss(LN2 + 0.009)
     with pytest.raises(ModelError, match=r"not ln 2 = 0\.6931"):
-        check_start(loss, 0.0, 0.0, plain_sigmoid=True)
-    if not math.isnan(loss):
-        check_start(loss, 0.0, 0.0, plain_sigmoid=False)
-
-
-@pytest.mark.parametrize(("found", "exact"), [(-100.1, True), (-101.9, False), (-100.0, True)])
-def test_a_reference_with_the_sft_runs_log_probabilities_passes(found, exact):
-    """Allowed around −100 nats: 0.1 + 0.05 exactly, 2 + 0.05 in half precision."""
-    check_reference([-50.0, found], [-50.0, -100.0], exact)
-
-
-@pytest.mark.parametrize(("found", "exact"), [(-100.2, True), (-110.0, False), (-90.0, False), (math.nan, True)])
-def test_a_reference_with_other_log_probabilities_is_refused(found, exact):
-    with pytest.raises(ModelError, match=r"nats where the SFT run gave -100\.00: it is not the SFT model"):
-        check_reference([-50.0, found], [-50.0, -100.0], exact)
+        check_loss(loss)
 
 
 # --- wandb ---
+
+
+@pytest.fixture
+def wandb_at(tmp_path, monkeypatch, caplog):
+    """A function: a server → what a run says of wandb that begins there, logged in by a key, and the run."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_MODE")
+    run = Run(tmp_path)
+
+    def begin(handler: type) -> tuple[str, Run]:
+        with serving(handler) as url:
+            monkeypatch.setenv("WANDB_BASE_URL", url)
+            with wandb_run(run, "quick"):
+                pass
+        return "\n".join(record.message for record in caplog.records if record.name == monitor.__name__), run
+
+    return begin
+
+
+def test_who_is_logged_in_at_wandb_runs_online(wandb_at):
+    said, run = wandb_at(Taking)
+    assert said.startswith("wandb: online as ada, http://127.0.0.1:") and len(said.splitlines()) == 1
+    assert list(run.path.glob(f"wandb/run-*-{run.manifest.wandb_id}"))
+
+
+@pytest.mark.parametrize(
+    ("handler", "why"), [(KnowingNobody, "user is not logged in"), (NeverAnswering, "context deadline exceeded")]
+)
+def test_a_server_that_refuses_or_hangs_makes_the_run_an_offline_one_within_ten_seconds(handler, why, wandb_at):
+    began = time.monotonic()
+    said, run = wandb_at(handler)
+    assert time.monotonic() - began < 10
+    assert said.startswith("wandb: offline, no run could begin (") and why in said and len(said.splitlines()) == 1
+    assert list(run.path.glob(f"wandb/offline-run-*-{run.manifest.wandb_id}"))
+
+
+def test_without_a_network_the_next_run_of_the_process_does_not_wait_again(wandb_at):
+    wandb_at(NeverAnswering)
+    began = time.monotonic()
+    said, _ = wandb_at(NeverAnswering)
+    assert time.monotonic() - began < 4
+    assert said.splitlines()[1] == "wandb: offline, as WANDB_MODE says"
+
+
+@pytest.mark.parametrize("variable", [{"WANDB_API_KEY": "short"}, {"WANDB_MODE": "onlin"}])
+def test_a_variable_that_wandb_refuses_ends_no_run(variable, wandb_at, monkeypatch):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_at(Taking)[0].startswith("wandb: offline, no run could begin (")
+
+
+def test_wandbs_own_login_is_the_one_that_counts(wandb_at, tmp_path, monkeypatch):
+    """A key in its file, under whatever host it writes there (0.31: another one than api.wandb.ai)."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wandb_at(Taking)[0] == "wandb: offline, nobody is logged in; `wandb login` does it"
+    monkeypatch.delenv("WANDB_MODE")
+
+    with serving(Taking) as url:
+        wbauth.write_netrc_auth(host=url, api_key="0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        with wandb_run(Run(tmp_path), "quick"):
+            assert not wandb.run.offline and wandb.run.entity == "ada"
+
+
+@pytest.mark.parametrize("off", [{"WANDB_MODE": "disabled"}, {"WANDB_DISABLED": "true"}])
+def test_where_wandb_is_off_no_run_of_its_own_begins(off, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    for name, value in off.items():
+        monkeypatch.setenv(name, value)
+    with wandb_run(Run(tmp_path), "quick"):
+        assert "WANDB_RUN_ID" not in os.environ and wandb_is_off()
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_of_one_seed_have_wandb_ids_of_their_own_and_a_resumed_run_keeps_its(tmp_path, monkeypatch):
@@ -157,8 +241,10 @@ def test_runs_of_one_seed_have_wandb_ids_of_their_own_and_a_resumed_run_keeps_it
     seen = []
     for name in ("one", "other", "one"):
         (tmp_path / name).mkdir(exist_ok=True)
+        run = Run(tmp_path / name)
+        run.note(stage="dpo", status="running")
         set_seed(42)
-        with wandb_run(Run(tmp_path / name), "quick"):
+        with wandb_run(run, "quick"):
             seen.append(os.environ["WANDB_RUN_ID"])
     assert seen[0] == seen[2] != seen[1]
     assert "WANDB_RUN_ID" not in os.environ and os.environ["WANDB_MODE"] == "offline"
@@ -191,7 +277,11 @@ def test_a_saved_checkpoint_is_marked_as_whole(args, tmp_path):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     assert not is_whole(folder)
-    WholeCheckpoints().on_save(args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl())
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "samples.jsonl").touch()
+    WholeCheckpoints(Run(tmp_path)).on_save(
+        args, TrainerState(global_step=4, is_world_process_zero=True), TrainerControl()
+    )
     assert is_whole(folder)
 
 

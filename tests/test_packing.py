@@ -306,6 +306,17 @@ def window_ignored(layout, window=None):
     return visible(layout)
 
 
+def test_a_reference_whose_autocast_begins_with_its_forward_is_not_compared_as_float32(build, pairs):
+    """As accelerate prepares a separate reference: asked outside its forward, no autocast is on (limit 1e-3 nats)."""
+    batch = build("llama").data_collator([*pairs])
+    model = build("llama").model.eval()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    handle = share_prefixes(model, "raise")
+    log_probs(model, batch)
+    assert not handle.fallbacks and handle.enabled
+    assert 0 < handle.differences["the first batch"] < packing.MEAN_DIFFERENCE
+
+
 @pytest.mark.parametrize("wrong", [rejected_sees_chosen, pairs_see_each_other, window_ignored])
 def test_a_wrong_mask_fails_the_same_check_and_the_first_batch(build, pairs, monkeypatch, wrong):
     monkeypatch.setattr(layouts, "visible", wrong)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alignlab.errors import DataError
 from alignlab.format import Dialogue, Format
-from alignlab.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, turns_of
+from alignlab.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, texts_of, turns_of
 from alignlab.transcript import ASSISTANT, Turn, join_turns
 
 TEMPLATE = (
@@ -77,6 +77,60 @@ def test_xstest_without_labels_goes_by_its_types(file, form):
     assert labels(found) == [BENIGN, HARMFUL]
 
 
+@pytest.mark.parametrize(
+    ("row", "asks"),
+    [
+        ({"Question": "Why?"}, "Why?"),
+        ({"query": "Why?", "id": 1}, "Why?"),
+        ({"prompt": {"text": "Why?", "toxicity": 0.1}}, "Why?"),
+        ({"prompt": [{"role": "user", "content": "Why?"}]}, "Why?"),
+        ({"messages": [{"from": "human", "value": "Why?"}]}, "Why?"),
+        ({"instruction": "Spell it.", "input": "freind", "output": "friend"}, "Spell it.\n\nfreind"),
+        ({"context": "Ann met Bo.", "question": "Who was late?", "label": 2}, "Who was late?\n\nAnn met Bo."),
+        ({"system": "Be kind.", "prompt": "Why?"}, "Be kind.\n\nWhy?"),
+        ({"text": "Why?"}, "Why?"),
+    ],
+)
+def test_any_usual_column_is_asked_with_what_stands_beside_it(row, asks, file, form):
+    (prompt,) = read_prompts(file([row]), form, 200).prompts
+    assert prompt.transcript == f"\n\nHuman: {asks}\n\nAssistant:" and prompt.label is None
+
+
+def test_an_input_has_its_own_section_in_alpacas_format(file, tokenizer):
+    row = {"instruction": "Spell it.", "input": "freind"}
+    (prompt,) = read_prompts(file([row]), Format("alpaca", tokenizer), 500).prompts
+    assert tokenizer.decode(prompt.ids).endswith("### Input:\nfreind\n\n### Response:\n")
+
+
+def test_a_column_of_another_name_is_named(file, form):
+    rows = [{"frage": "Why?", "prompt": "no"}]
+    (prompt,) = read_prompts(file(rows), form, 100, "frage").prompts
+    assert prompt.transcript == "\n\nHuman: Why?\n\nAssistant:"
+    with pytest.raises(DataError, match=r"no column 'fragen' among frage, prompt; did you mean 'frage'"):
+        read_prompts(file(rows), form, 100, "fragen")
+    assert texts_of(file(rows), "frage") == ["Why?"]
+
+
+BBQ = {"context": "Ann met Bo.", "question": "Who?", "ans0": "Ann", "ans1": "Bo", "ans2": "Unknown"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "known_as", "told"),
+    [
+        ("bbq", [{**BBQ, "question": f"Who {n}?", "label": n} for n in range(3)], "BBQ", [None] * 3),
+        ("topics", [{"prompt": "a", "label": 0}, {"prompt": "b", "label": 1}], "prompts", [None, None]),
+        ("topics", [{"prompt": "a", "label": "law"}], "prompts", [None]),
+        ("mine", [{"prompt": "a", "harmful": 0}, {"prompt": "b", "harmful": 1}], "labelled prompts", [BENIGN, HARMFUL]),
+        ("behaviors", [{"Behavior": "b", "SemanticCategory": "x"}], "HarmBench", [HARMFUL]),
+        ("harmful-behaviors", [{"Goal": "g", "Behavior": "b"}], "JailbreakBench", [HARMFUL]),
+        ("benign-behaviors", [{"Goal": "g", "Behavior": "b"}], "JailbreakBench", [BENIGN]),
+    ],
+)
+def test_a_label_means_harm_only_where_values_or_file_say_so(name, rows, known_as, told, file, form):
+    found = read_prompts(file(rows, name), form, 200)
+    assert (found.known_as, labels(found)) == (known_as, told)
+
+
 def test_what_cannot_be_asked_is_counted(file, form):
     rows = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b " * 200}, {"prompt": "x\n\nHuman: y"}]
     found = read_prompts(file(rows), form, 50)
@@ -89,9 +143,10 @@ def test_what_cannot_be_asked_is_counted(file, form):
     ("rows", "said"),
     [
         ([{"text_a": "x", "text_b": "y"}], "no column of prompts among text_a, text_b"),
-        ("prompt,label\na,perhaps\n", "label is 'perhaps', and not one of"),
-        ([{"prompt": 3}], "prompt holds no text ('3')"),
-        ([{"turns": []}], "turns holds no text"),
+        ("prompt,label\na,safe\nb,perhaps\n", "label is 'perhaps', and not one of"),
+        ([{"prompt": 3}], "neither text nor a list of messages"),
+        ([{"turns": []}], "neither text nor a list of messages"),
+        ([{"prompt": ""}, {"prompt": " "}], "none of its 2 prompts can be asked (the prompt is empty)"),
         ([], "holds no prompts"),
         ([{"prompt": "long " * 90}], "none of its 1 prompts can be asked (longer than the model takes)"),
     ],

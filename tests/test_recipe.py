@@ -63,9 +63,9 @@ def test_a_recipe_wins_over_what_it_extends_and_the_command_line_over_both():
 
 
 def test_null_takes_lora_away_and_a_key_brings_it_back():
-    write(MINIMAL.replace("model}", "model, lora: {r: 8, bias: all}}"), "base.yaml")
+    write(MINIMAL.replace("model}", "model, lora: {r: 8, use_dora: true}}"), "base.yaml")
     assert load_recipe(write("extends: base\nmodel: {lora: null}\n")).model.lora is None
-    assert load_recipe(write("extends: base\nmodel: {lora: {}}\n")).model.lora == {"r": 8, "bias": "all"}
+    assert load_recipe(write("extends: base\nmodel: {lora: {}}\n")).model.lora == {"r": 8, "use_dora": True}
     assert load_recipe(write("extends: base\nmodel: {lora: null}\n"), ["model.lora.r=4"]).model.lora == {"r": 4}
 
 
@@ -97,6 +97,47 @@ def test_lora_on_the_head_is_refused_before_anything_is_loaded():
         "which is without it (command line: 'model.lora.target_modules=[q_proj,lm_head]')"
     ]
     assert load_recipe("r.yaml", ["model.lora.target_modules=[q_proj]"]).model.lora == {"target_modules": ["q_proj"]}
+
+
+BROKEN_COPIES = ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga", False]
+
+
+@pytest.mark.parametrize("init", BROKEN_COPIES)
+def test_an_adapter_that_changes_the_base_is_refused_before_anything_is_loaded(init):
+    given = f"model.lora.init_lora_weights={str(init).lower()}"
+    assert faults(MINIMAL, given) == [
+        f"model.lora.init_lora_weights is {init!r} (command line: {given!r}); expected true, gaussian or orthogonal: "
+        f"the reference needs a base that the adapter leaves as it is"
+    ]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_refused_as_the_reference_would_share_them(bias):
+    (fault,) = faults(MINIMAL, f"model.lora.bias={bias}")
+    assert fault.endswith("expected none: policy and reference would share the base's biases")
+
+
+@pytest.mark.parametrize("key", ["layer_replication=[[0,2],[1,2]]", "kasa_config={gamma: 1.0}", "use_bdlora={a: 1}"])
+def test_other_layers_under_the_adapter_are_refused(key):
+    (fault,) = faults(MINIMAL, f"model.lora.{key}")
+    assert fault.endswith("expected nothing: it changes the base")
+
+
+def test_whole_modules_are_trained_in_float32_only():
+    """Their weights are float32 and what comes to them is not: a matrix product of the two fails."""
+    saved = "model.lora.modules_to_save=[lm_head]"
+    assert faults(MINIMAL, saved, "model.dtype=bfloat16") == [
+        "model.lora.modules_to_save is ['lm_head'], which are trained whole, in float32, where the model computes in "
+        "bfloat16; set model.dtype=float32, or leave it out "
+        "(command line: 'model.lora.modules_to_save=[lm_head]', command line: 'model.dtype=bfloat16')"
+    ]
+    assert load_recipe("r.yaml", [saved, "model.dtype=float32"]).model.lora == {"modules_to_save": ["lm_head"]}
+
+
+@pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])
+def test_adapters_that_leave_the_base_alone_are_taken(init):
+    lora = load_recipe(write(MINIMAL), [f"model.lora.init_lora_weights={init}", "model.lora.bias=none"]).model.lora
+    assert lora == {"init_lora_weights": True if init == "true" else init, "bias": "none"}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read():
@@ -521,3 +562,52 @@ def test_sections_are_frozen_and_their_fields_are_the_recipe_keys():
     with pytest.raises(AttributeError):
         recipe.data.seed = 1
     assert {f.name for f in fields(recipe.data)} == asdict(recipe)["data"].keys()
+
+
+# Paths
+
+
+PATHS = {
+    "recipes/base.yaml": "model: {name: m}\ndata: {source: hh-rlhf, path: Org/hh, subset: helpful, split: train_a}",
+    "recipes/mine.yaml": "about: m\nextends: base\ndata: {path: rows.jsonl}",
+    "recipes/rows.jsonl": "{}",
+    "here.jsonl": "{}",
+}
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in PATHS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+
+def test_a_path_is_looked_for_beside_the_recipe_then_in_the_working_folder(paths):
+    assert load_recipe("mine").data.path == "recipes/rows.jsonl"
+    assert load_recipe("mine", ["data.path=here.jsonl"]).data.path == "here.jsonl"
+    assert load_recipe("mine", ["data.path=[here.jsonl, rows.jsonl]"]).data.path == ["here.jsonl", "rows.jsonl"]
+    assert load_recipe("base").data.path == "Org/hh"
+
+
+def test_what_was_said_of_another_path_is_not_said_of_a_new_one(paths):
+    """In a recipe that extends another, and on the command line; a copy of the same name keeps its parts."""
+    for data in (load_recipe("mine").data, load_recipe("base", ["data.path=here.jsonl"]).data):
+        assert (data.source, data.subset, data.split) == (None, None, "train")
+    copy = load_recipe("base", ["data.path=/copies/hh"]).data
+    assert (copy.source, copy.subset, copy.split) == (None, "helpful", "train_a")
+    said = load_recipe("base", ["data.path=here.jsonl", "data.source=pairs", "data.split=train_b"]).data
+    assert (said.source, said.subset, said.split) == ("pairs", None, "train_b")
+    assert load_recipe("base", ["data.sft.path=here.jsonl"]).data.source == "hh-rlhf"
+    assert load_recipe("tiny", ["data.path=here.jsonl"]).data.source is None
+
+
+@pytest.mark.parametrize("path", ["a b.jsonl", "a #1.jsonl", "~/x #2/rows.jsonl", "'a #1.jsonl'"])
+def test_a_path_on_the_command_line_may_hold_blanks_and_signs(paths, path):
+    assert load_recipe("base", [f"data.path={path}"]).data.path == path.strip("'")
+
+
+def test_columns_are_written_as_a_mapping(paths):
+    data = load_recipe("base", ["data.path=here.jsonl", "data.columns={prompt: q, chosen: a, rejected: b}"]).data
+    assert data.columns == {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert load_recipe("base", ["data.path=here.jsonl", "data.columns.prompt=q"]).data.columns == {"prompt": "q"}

@@ -19,9 +19,9 @@ import pytest
 from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RunError
-from alignlab.report.find import find_runs, last_run
+from alignlab.report.find import find_runs
 from alignlab.report.page import report_line, write_comparison, write_report
-from alignlab.run import Run
+from alignlab.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
 HOSTILE = (
@@ -449,6 +449,8 @@ def test_the_words_of_the_field_are_explained_where_they_stand(tmp_path):
 
 # --- bad input: one line each ---
 
+NO_DOP = "there is no run at runs/tiny/dop (there: bare, dpo, older, sft)"
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
@@ -457,7 +459,14 @@ def test_the_words_of_the_field_are_explained_where_they_stand(tmp_path):
             ["report", "mistral"],
             "there is no run of mistral yet (looked in runs/mistral); make one with alignlab dpo mistral",
         ),
-        (["report", "tiny", "--run", "nope"], "runs/tiny/nope holds no run; there: bare, dpo, older, sft"),
+        (["report", "tiny", "--run", "nope"], "there is no run at runs/tiny/nope (there: bare, dpo, older, sft)"),
+        (["report", "tiny", "--run", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["compare", "tiny", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "runs/tiny/dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["eval", "tiny", "--runs", "dpo", "dop"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["export", "tiny", "--run", "dop", "--to", "x"], f"{NO_DOP}; did you mean 'dpo'?"),
+        (["report", "tinny"], "no recipe 'tinny' (looked in recipes and "),
         (["report", "tiny", "--best"], "there is no runs/tiny/sweep.json with a best run; make it with alignlab sweep"),
         (["report", "runs/tiny/bare"], "runs/tiny/bare is finished, but has no metrics.jsonl"),
         (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
@@ -508,7 +517,7 @@ def test_a_recipe_is_a_name_a_file_or_a_folder_and_need_not_exist(here):
     assert find_runs("runs/mine/dpo") == [Path("runs/mine/dpo")]
     assert find_runs("mine", ["dpo", "dpo-beta0.3"]) == [Path("runs/mine/dpo"), Path("runs/mine/dpo-beta0.3")]
     make_sweep(Path("runs/mine"), {"dpo": 0.1}, "dpo")
-    assert find_runs("mine") == [Path("runs/mine")] and last_run("mine") == Path("runs/mine/dpo-beta0.3")
+    assert find_runs("mine") == [Path("runs/mine")] and find_run("mine").path == Path("runs/mine/dpo-beta0.3")
 
 
 def test_the_command_ends_with_the_path(here, capsys):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import alignlab, kill_when, same, wait_until, weights
+from commands import alignlab, kill_when, same, timeless, wait_until, weights
 
 from alignlab.disk import read_lines
 from alignlab.run import Run, last_whole_checkpoint, opened
@@ -67,7 +67,6 @@ def test_killed_before_the_first_checkpoint_starts_anew(workplace):
 
 
 def test_ctrl_c_stops_after_the_step_with_a_checkpoint_and_resumes(workplace):
-    """The weights are those of the run that was not stopped; its log has one more line, where it was cut in two."""
     whole, stopped = Run(workplace / "runs/plain/whole"), Run(workplace / "runs/plain/stopped")
     process = alignlab(workplace, "dpo", "plain", "--run", "stopped", wait=False)
     wait_until(process, lambda: any(row["step"] >= 2 for row in read_lines(stopped.metrics_file)))
@@ -77,7 +76,28 @@ def test_ctrl_c_stops_after_the_step_with_a_checkpoint_and_resumes(workplace):
     assert "the same command goes on from there" in said and "Traceback" not in said
     assert stopped.manifest.status == "stopped" and last_whole_checkpoint(stopped)[0] is not None
     assert alignlab(workplace, "dpo", "plain", "--run", "stopped").returncode == 0
-    assert weights(stopped) == weights(whole)
+    same(stopped, whole)
+
+
+def test_lost_logs_come_back_from_the_checkpoint_or_are_named(workplace):
+    """Metrics are in the trainer's state; replies are nowhere else, and the figures do without them."""
+    whole, lost = Run(workplace / "runs/plain/whole"), Run(workplace / "runs/plain/lost")
+    shutil.copytree(whole.path, lost.path)
+    lost.note(status="running")
+    lines = lost.samples_file.read_bytes().splitlines(keepends=True)
+    lost.samples_file.write_bytes(b"".join([*lines[:5], b"{" + lines[5], *lines[6:]]))  # the second reply at step 4
+    lost.metrics_file.unlink()
+    done = alignlab(workplace, "dpo", "plain", "--run", "lost")
+    assert done.returncode == 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("runs/plain/lost/")]
+    assert said[:3] == [
+        "runs/plain/lost/metrics.jsonl had lost 10 of 10 rows; they are back, without their times",
+        "runs/plain/lost/samples.jsonl:6 is damaged and left out",
+        "runs/plain/lost/samples.jsonl has lost replies of step 4; the metrics are whole",
+    ]
+    assert timeless(lost.metrics()) == timeless(whole.metrics()) and weights(lost) == weights(whole)
+    assert lost.samples() == [*whole.samples()[:5], *whole.samples()[6:]]
+    assert lost.manifest.test == whole.manifest.test
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(workplace):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignlab import cli
 from alignlab import run as runs
 from alignlab.disk import append_line, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
+from alignlab.recipe import LONGEST_NAME, load_recipe, run_name
 from alignlab.run import Run, cut_back, opened
 
 SETTINGS = {"data": {"source": "toy", "seed": 0}, "model": {"name": "toy", "lora": {"r": 16}}, "dpo": {"beta": 0.1}}
@@ -35,12 +38,13 @@ def python(program: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def checkpoint(run: Run, step: int) -> Path:
+def checkpoint(run: Run, step: int, best: int | None = None) -> Path:
     """A checkpoint of three files, one of them in a sub-folder, with its marker."""
     folder = run.checkpoints / f"checkpoint-{step}"
     (folder / "ref").mkdir(parents=True)
-    for name in ("adapter_model.safetensors", "trainer_state.json", "ref/adapter_model.safetensors"):
+    for name in ("adapter_model.safetensors", "ref/adapter_model.safetensors"):
         (folder / name).write_bytes(f"{name} at step {step}".encode())
+    (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
     runs.mark_complete(folder)
     return folder
 
@@ -125,12 +129,63 @@ def test_cut_back_leaves_what_was_logged_up_to_the_step(tmp_path):
     write_lines(run.metrics_file, [{"step": step} for step in (0, 2, 4, 4, 6)])
     with run.metrics_file.open("a") as file:
         file.write('{"step": 8, "lo')
-    cut_back(run, 4)
+    cut_back(run, 4, [{"step": step} for step in (0, 2, 4, 4)])
     append_line(run.metrics_file, {"step": 5})
     assert [row["step"] for row in run.metrics()] == [0, 2, 4, 4, 5]
-    assert not run.samples_file.exists()
-    cut_back(run, -1)
+    assert run.samples() == []
+    cut_back(run, -1, [])
     assert run.metrics() == []
+
+
+LOGGED = [{"step": 0, "eval/loss": 0.7}, {"step": 2, "train/loss": math.nan}, {"step": 4, "eval/loss": 0.1 + 0.2}]
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda file, lines: file.unlink(), 3),
+        (lambda file, lines: file.write_bytes(b""), 3),
+        (lambda file, lines: file.write_bytes(lines[0] + lines[1] + lines[2][:9]), 1),
+        (lambda file, lines: file.write_bytes(lines[0] + lines[1][:9] + lines[2]), 2),
+        (lambda file, lines: file.write_bytes(lines[0] + b"[1]\n" + lines[2]), 1),
+        (lambda file, lines: file.write_bytes(lines[0] + lines[1].replace(b"NaN", b"0.5") + lines[2]), 1),
+    ],
+    ids=["gone", "emptied", "cut", "two lines in one", "no object", "another number"],
+)
+def test_rows_that_the_metrics_file_has_lost_come_back_from_the_checkpoint(damage, lost, tmp_path, caplog):
+    run = Run(tmp_path)
+    rows = [{"step": row["step"], "time": 10.0 + row["step"], **row} for row in LOGGED]
+    write_lines(run.metrics_file, [*rows, {"step": 5, "time": 15.0}])
+    damage(run.metrics_file, run.metrics_file.read_bytes().splitlines(keepends=True))
+    cut_back(run, 4, LOGGED)
+    found = run.metrics()
+    assert [json.dumps({k: v for k, v in row.items() if k != "time"}) for row in found] == [*map(json.dumps, LOGGED)]
+    assert sum("time" not in row for row in found) == lost
+    said = f"{run.metrics_file} had lost {lost} of 3 rows; they are back, without their times"
+    assert [line for line in caplog.messages if "lost" in line] == [said]
+
+
+def test_replies_on_the_test_split_go_since_they_are_drawn_again(tmp_path):
+    run = Run(tmp_path)
+    row = {"step": 4, "split": "validation", "prompt": "a", "reply": "b"}
+    write_lines(run.samples_file, [row, {**row, "step": 6}, {**row, "split": "test"}])
+    cut_back(run, 4, [])
+    assert run.samples() == [row]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2', b"", b"\x00\xff", b"[2]", b"2", b'{"step": "2"}', b'{"loss": 2}'])
+def test_a_damaged_line_is_left_out_and_named(line, tmp_path, caplog):
+    run = Run(tmp_path)
+    run.metrics_file.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert run.metrics() == [{"step": 1}, {"step": 3}]
+    assert caplog.messages == ([f"{run.metrics_file}:2 is damaged and left out"] if line else [])
+
+
+def test_of_many_damaged_lines_the_first_is_named(tmp_path, caplog):
+    run = Run(tmp_path)
+    run.metrics_file.write_bytes(b'{"step": 1}\n{\n{\n{\n')
+    assert run.metrics() == [{"step": 1}]
+    assert caplog.messages == [f"{run.metrics_file}:2 and 2 more of its lines are damaged and left out"]
 
 
 # --- one process, the same settings, an honest status ---
@@ -293,8 +348,81 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before_it(tmp_path, how):
     assert runs.last_whole_checkpoint(run) == (oldest, [])
 
 
+def test_a_checkpoint_counts_only_with_the_best_one_that_it_names(tmp_path):
+    """At the end of training the best one is loaded; without it the run would end with other weights."""
+    run = Run(tmp_path)
+    oldest, best, newest = (checkpoint(run, step, best) for step, best in ((8, 8), (16, 16), (24, 16)))
+    assert runs.last_whole_checkpoint(run) == (newest, [])
+    damage(best, "empty file")
+    assert runs.last_whole_checkpoint(run) == (oldest, [newest, best])
+    shutil.rmtree(best)
+    assert runs.last_whole_checkpoint(run) == (oldest, [newest])
+
+
 def test_where_no_checkpoint_is_whole_there_is_none(tmp_path):
     run = Run(tmp_path)
     only = checkpoint(run, 8)
     (only / "trainer_state.json").write_text("{}")
     assert runs.last_whole_checkpoint(run) == (None, [only])
+
+
+# --- names ---
+
+NO_NAMES = (
+    "",
+    ".",
+    "..",
+    "../evil",
+    "a/b",
+    "/tmp/x",
+    ".hidden",
+    "-x",
+    "a b",
+    "a\x1b[31m",
+    "a\n",
+    "ä",
+    "a\x00b",
+    "a" * 101,
+)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_is_no_folder_beside_others_is_refused(name, tmp_path, monkeypatch, capsys):
+    """By every command that takes one, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=f"is no name of a run; write at most {LONGEST_NAME} letters, digits and"):
+        runs.check_name(name)
+    given = [f"--run={name}"]
+    commands = [["sft", "tiny"], ["dpo", "tiny"], ["eval", "tiny"], ["report", "tiny"], ["export", "tiny", "--to", "x"]]
+    for command in commands:
+        assert cli.main([*command, *given]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("--run ") and "is no name of a run" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo-beta0.3", "dpo-loss_type=sigmoid+sft", "a" * 100, "7", "_x"])
+def test_a_name_of_letters_digits_and_a_few_marks_is_one(name):
+    assert runs.check_name(name) == name
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "dpo.beta=0.3",
+                "data.path=/a/b.jsonl",
+                "dpo.loss_type=[sigmoid,sft]",
+                "data.seed=7",
+                "data.subset=" + "x" * 90,
+                "dpo.learning_rate=5e-7",
+                "model.start=../x y",
+            ]
+        ),
+        unique=True,
+    )
+)
+@settings(deadline=None)
+def test_the_name_that_settings_give_is_one(overrides):
+    recipe = load_recipe("mistral", overrides)
+    assert all(runs.check_name(run_name(recipe, stage)) for stage in ("sft", "dpo"))

@@ -14,6 +14,7 @@ import torch
 
 from alignlab import samples as sampling
 from alignlab.estimate import mean_estimate
+from alignlab.format import Format, Stops
 from alignlab.generate import reply_logits, sample_replies
 from alignlab.measures import kl_per_reply, token_logps
 from alignlab.run import Run
@@ -30,7 +31,7 @@ def prompts(tokenizer) -> HeldOutPrompts:
         TEXTS,
         tokenizer(TEXTS)["input_ids"],
         max_new_tokens=10,
-        stops=("\n\nHuman:",),
+        stops=Format("hh", tokenizer).stops(),
         batch_size=8,
         seed=5,
     )
@@ -62,7 +63,9 @@ def test_kl_of_a_policy_that_is_the_reference_is_exactly_zero(samples, load):
 def test_kl_is_measured_on_replies_of_the_policy(samples, prompts, load, tokenizer):
     policy, reference = load("llama"), load("mistral")
     metrics = samples.measure(policy, 7, as_reference(reference))
-    replies = sample_replies(policy, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
+    replies = sample_replies(
+        policy, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8, stops=prompts.stops
+    )
     kl = []
     with torch.no_grad():
         for prompt, reply in zip(prompts.ids, replies, strict=True):
@@ -82,7 +85,7 @@ def test_samples_are_written_with_both_replies_a_prompt(samples, prompts, load, 
     samples.measure(policy, 7, as_reference(reference))
     rows = samples.run.samples()
     ours, theirs = (
-        sample_replies(model, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8)
+        sample_replies(model, tokenizer, prompts.ids, max_new_tokens=10, seed=5, batch_size=8, stops=prompts.stops)
         for model in (policy, reference)
     )
     assert [(row["step"], row["split"], row["prompt"]) for row in rows] == [(7, "validation", text) for text in TEXTS]
@@ -109,9 +112,15 @@ def test_without_a_reference_there_is_no_kl(samples, load):
 
 def test_shares_of_several_processes_are_together_what_one_process_draws(tokenizer, tmp_path, load):
     """Twenty prompts are three batches: two processes draw two and one of them, each with the batch's own seed."""
-    ids = tokenizer([f"\n\nHuman: {n}\n\nAssistant:" for n in range(20)])["input_ids"]
+    ids, stops = tokenizer([f"\n\nHuman: {n}\n\nAssistant:" for n in range(20)])["input_ids"], Stops((0,), ("<eos>",))
     prompts = HeldOutPrompts(
-        "validation", [str(n) for n in range(20)], ids, max_new_tokens=5, stops=(), batch_size=8, seed=3
+        "validation",
+        [str(n) for n in range(20)],
+        ids,
+        max_new_tokens=5,
+        stops=stops,
+        batch_size=8,
+        seed=3,
     )
     policy, reference = load("llama"), as_reference(load("mistral"))
     whole = Samples(Run(tmp_path), tokenizer, prompts)._answers(policy, reference)
@@ -189,7 +198,7 @@ def test_before_the_first_step_the_policys_replies_are_the_stored_ones(sampled, 
         {"seed": 6},
         {"max_new_tokens": 9},
         {"batch_size": 4},
-        {"stops": ("\n",)},
+        {"stops": Stops((0,), ("<eos>",), ("\n",))},
         {"texts": TEXTS[:2], "ids": [[5, 6], [7]]},
         {"identity": ReferenceIdentity("another", {"weights": "others"})},
     ],
@@ -289,7 +298,8 @@ def drawn():
     ours, theirs = (reply_figures(policy, reference, prompt, every))[:2]
     assert ours.exp().sum().item() == pytest.approx(1, abs=1e-5)  # these are all the replies there are
     exact = (ours.exp() * (ours - theirs)).sum().item()
-    replies = sample_replies(policy, tokenizer, [prompt] * 64_000, max_new_tokens=3, seed=0, batch_size=2000)
+    how = {"max_new_tokens": 3, "seed": 0, "batch_size": 2000, "stops": Format("plain", tokenizer).stops()}
+    replies = sample_replies(policy, tokenizer, [prompt] * 64_000, **how)
     ours, theirs, kl = reply_figures(policy, reference, prompt, [reply.ids for reply in replies])
     return exact, kl.reshape(1000, 64), (ours - theirs).reshape(1000, 64)
 

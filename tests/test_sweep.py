@@ -21,8 +21,8 @@ from alignlab.cli import main
 from alignlab.errors import RunError
 from alignlab.recipe import load_recipe
 from alignlab.report.page import write_report
-from alignlab.run import Run
-from alignlab.sweep.choice import chosen_run, collect
+from alignlab.run import Run, find_run
+from alignlab.sweep.choice import collect
 from alignlab.sweep.members import find_members
 from alignlab.sweep.runner import run_members
 from alignlab.train import train_dpo, train_sft
@@ -107,7 +107,7 @@ def test_a_further_beta_adds_one_run_and_the_report_shows_them_all(small, capsys
     shown = capsys.readouterr().out
     shown = " ".join(shown.split())
     assert f"chosen: {table['choice']}" in shown and "paired over the same" in shown and "its test split" in shown
-    assert chosen_run(Path("runs/small")) == Path("runs/small") / table["choice"]
+    assert find_run("small", best=True).path == Path("runs/small") / table["choice"]
     assert f"{table['choice']} was chosen of 2 finished members" in write_report(Path("runs/small")).read_text()
     other = collect(find_members("small", ["dpo.max_steps=2"], "0.1"))
     assert [member.run for member in other.members] == ["dpo-beta0.1-max_steps2"]  # another sweep's table
@@ -121,7 +121,7 @@ def test_an_interrupted_sweep_goes_on_in_the_member_that_it_was_in(small):
     threading.Thread(target=interrupt_when, args=(lambda: len(second.metrics()) > 1,), daemon=True).start()
     with pytest.raises(KeyboardInterrupt, match=r"dpo-beta0.1.*: stopped at step \d+ with a checkpoint"):
         run_members(members)
-    table = json.loads(members.table.read_text())
+    table = json.loads((members.folder / "sweep.json").read_text())
     assert table["choice"] == members.asked[0].name
     before = stamps(Run(members.folder / table["choice"]))
     table = run_members(members)

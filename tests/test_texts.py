@@ -26,6 +26,7 @@ from alignlab.doctor.texts import (
     signs,
 )
 from alignlab.recipe import DataSection
+from alignlab.tables import UNSAFE
 
 UNLIMITED = {"max_prompt_tokens": 10**6, "max_reply_tokens": 10**6}
 MIB = 2**20
@@ -208,6 +209,7 @@ def test_planted_faults_are_counted_in_pairs_and_by_column(prepared):
         "mojibake": 1,
         "control-characters": 1,
         "empty-replies": 1,
+        "messages-in-replies": 0,
         "one-word-replies": 2,  # Yes. and No.
         "refusal-only-replies": 3,
         "cut-off-replies": 1,
@@ -218,12 +220,12 @@ def test_planted_faults_are_counted_in_pairs_and_by_column(prepared):
     assert "2 chosen replies and 2 rejected replies" in found["refusal-only-replies"].says
     assert "0.5, 95 % interval" in found["refusals-preferred"].says
     assert all(finding.of == 40 for finding in found.values())
-    assert found["control-characters"].shown[0].what == r"chosen:  It is \x1b[2J here."
+    assert found["control-characters"].shown[0].what == "chosen: It is ⟨U+001B⟩[2J here."
 
 
 def test_what_is_not_there_is_said_with_a_count_of_zero(prepared):
     findings = find_damage(prepared(), "hh")
-    assert [finding.count for finding in findings] == [0] * 11
+    assert [finding.count for finding in findings] == [0] * 12
     assert all(not finding.shown and finding.says.endswith(".") and finding.advice for finding in findings)
 
 
@@ -232,7 +234,7 @@ def test_three_pairs_are_shown_and_lie_where_they_are_said_to(prepared):
     finding = by_name(find_damage(pairs, "hh"))["control-characters"]
     assert finding.count == 9 and len(finding.shown) == 3
     for split, number, what in finding.shown:
-        assert what == rf"chosen:  {getattr(pairs, split)[number]['chosen'].strip()}".replace("\x07", r"\x07")
+        assert what == f"chosen: {getattr(pairs, split)[number]['chosen'].strip()}".replace("\x07", "⟨U+0007⟩")
 
 
 def test_replies_that_preparation_has_cut_are_said_apart(tmp_path, tokenizer):
@@ -288,6 +290,7 @@ def test_harmless_base_holds_doubled_labels_empty_replies_and_prefers_refusing(s
         "mojibake": 0,
         "control-characters": 0,
         "empty-replies": 5,
+        "messages-in-replies": 0,
         "one-word-replies": 53,
         "refusal-only-replies": 66,
         "cut-off-replies": 246,
@@ -306,6 +309,7 @@ def test_helpful_base_prefers_answers(shared, tokenizer):
         "mojibake": 0,
         "control-characters": 0,
         "empty-replies": 0,
+        "messages-in-replies": 0,
         "one-word-replies": 41,
         "refusal-only-replies": 12,
         "cut-off-replies": 214,
@@ -344,7 +348,7 @@ def test_every_sign_takes_any_text_and_points_into_it(prompt, chosen, rejected, 
 def test_an_excerpt_is_one_printable_line(text, data):
     start = data.draw(st.integers(0, len(text)))
     shown = excerpt(text, start, min(start + 1, len(text)))
-    assert shown.isprintable()
+    assert not UNSAFE.search(shown) and "\n" not in shown
     assert len(shown) <= EXCERPT * len(r"\U0010ffff") + 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def test_qlora_trains_evaluates_and_resumes(name, recipe, tmp_path):
     assert last_evaluation(again)["eval/rewards/margins"] == metrics["eval/rewards/margins"]
 
 
+@pytest.mark.parametrize("lora", ["target_modules=[q_proj,embed_tokens]", "trainable_token_indices=[5,6]"])
+def test_adapters_that_trl_does_not_copy_start_as_the_sft_model_and_resume(lora, recipe, tmp_path):
+    """TRL copies adapters by a part of their names, which those of embeddings and of trained tokens have not."""
+    given = recipe("llama", f"model.lora.{lora}")
+    run = train_dpo(given, root=tmp_path)
+    first, metrics = run.metrics()[0], last_evaluation(run)
+    assert abs(first["eval/rewards/margins"]) < 1e-6 and first["eval/kl"] == 0
+    weights = weights_of(run)
+    go_back_to_step(3, run)
+    again = train_dpo(given, root=tmp_path)
+    assert weights_of(again) == weights
+    assert last_evaluation(again)["eval/rewards/margins"] == metrics["eval/rewards/margins"]
+
+
 def go_back_to_step(step: int, run: Run) -> None:
     """Puts a finished run where a kill would have left it."""
     for checkpoint in run.checkpoints.iterdir():
@@ -75,8 +90,41 @@ def test_reference_is_the_sft_adapter(recipe, tmp_path):
 def test_another_sft_model_than_the_one_recorded_is_refused(recipe, tmp_path):
     sft = train_sft(recipe(), root=tmp_path)
     sft.note(probe=[nats * 1.1 for nats in sft.manifest.probe])
-    with pytest.raises(ModelError, match="is not the SFT model"):
+    with pytest.raises(ModelError, match="it is not that model; train SFT again"):
         train_dpo(recipe(), root=tmp_path)
+
+
+def test_a_policy_that_is_not_the_sft_model_is_refused_against_the_base_too(recipe, tmp_path):
+    sft = train_sft(recipe(), root=tmp_path)
+    sft.note(probe=[nats * 1.1 for nats in sft.manifest.probe])
+    with pytest.raises(ModelError, match=r"the policy gives replies .* where the SFT run gave .* train SFT again"):
+        train_dpo(recipe("llama", "model.reference=base"), root=tmp_path)
+
+
+def test_the_base_in_place_of_an_sft_model_that_is_near_to_it_is_refused(recipe, tmp_path, monkeypatch):
+    """Two steps at a small rate change a reply by a thousandth; the copy of the adapter is lost on purpose."""
+    near = recipe("llama", "sft.learning_rate=1e-3", "sft.max_steps=2", "sft.eval_steps=1")
+    sft = train_sft(near, root=tmp_path)
+    changed = sum(abs(a - b) for a, b in zip(sft.manifest.probe, sft.manifest.base_probe, strict=True))
+    assert 0 < changed < 0.005 * abs(sum(sft.manifest.probe))
+    settle = models.settle_adapters
+
+    def lose_the_copy(model, section, adapter=None):
+        settle(model, section, adapter)
+        for name, weight in model.named_parameters():
+            if ".lora_B.ref." in name:
+                weight.data.zero_()
+
+    monkeypatch.setattr(models, "settle_adapters", lose_the_copy)
+    with pytest.raises(ModelError, match=r"the reference gives replies .* it is not that model"):
+        train_dpo(near, root=tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["use_weighting=true", "loss_weights=[0.5]", "f_divergence_type=js_divergence"])
+def test_other_losses_than_the_plain_one_are_not_taken_for_a_wrong_reference(setting, recipe, tmp_path):
+    """Weighted by WPO or by a single weight, the loss of equal models is not ln 2; their rewards are 0 all the same."""
+    run = train_dpo(recipe("llama", f"dpo.{setting}", "dpo.max_steps=1", "dpo.eval_steps=1"), root=tmp_path)
+    assert run.is_finished and abs(run.metrics()[0]["eval/rewards/margins"]) < 1e-6
 
 
 def test_reference_base_is_the_bare_base(recipe, tmp_path):
@@ -98,13 +146,71 @@ def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
     """The folder is the same and the reference would be another: nothing goes on from there in silence."""
     sft = train_sft(recipe(), root=tmp_path)
     from_there = recipe("llama", f"model.start={sft.model}", "dpo.max_steps=2", "dpo.eval_steps=1")
-    run = train_dpo(from_there, root=tmp_path)
-    file = sft.model / "adapter_model.safetensors"
-    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file)
-    with pytest.raises(RunError, match="and would start from"):
+    train_dpo(from_there, root=tmp_path)
+    double_the_weights(sft.model / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"was made from something else: start weights was '\w+', is '\w+'; bring"):
         train_dpo(from_there, root=tmp_path)
-    run.note(parent={"start": str(sft.model)})  # as runs say that were made before the weights were kept
-    assert train_dpo(from_there, root=tmp_path).is_finished
+
+
+def double_the_weights(file: Path) -> None:
+    save_file({name: 2 * weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own(folders, of_seconds, tmp_path):
+    """A recipe whose model, chat template and rows are files of its own, in `tmp_path`."""
+    shutil.copytree(folders["llama"], tmp_path / "base")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    rows = [{"prompt": f"What is {n}?", "chosen": f"{n}, a number.", "rejected": "No."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data: {{format: chat, path: {tmp_path}/rows.jsonl, max_prompt_tokens: 80, max_reply_tokens: 48}}"
+    lines = of_seconds(tmp_path / "base").splitlines()
+    (tmp_path / "own.yaml").write_text("\n".join(data if line.startswith("data:") else line for line in lines))
+    return load_recipe(str(tmp_path / "own.yaml"), ["sft.max_steps=2", "sft.eval_steps=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: without_the_last_row(folder / "rows.jsonl"), "data was"),
+        (lambda folder: double_the_weights(folder / "base" / "model.safetensors"), "base weights was"),
+        (lambda folder: other_template(folder / "base" / "chat_template.jinja"), "chat template was"),
+        (lambda folder: other_end(folder / "base" / "generation_config.json"), "stops was ['<eos>'"),
+    ],
+    ids=["data", "base weights", "chat template", "stops"],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_made_from_something_else_is_refused_and_keeps_its_facts(finished, change, said, own, tmp_path):
+    run = train_sft(own, root=tmp_path)
+    if not finished:
+        run.note(status="stopped")
+    made_from = run.manifest.made_from
+    change(tmp_path)
+    with pytest.raises(RunError, match=r"/own/sft-.* was made from something else: ") as refused:
+        train_sft(own, root=tmp_path)
+    assert said in str(refused.value) and str(refused.value).endswith("or train it again (alignlab sft --force)")
+    with pytest.raises(RunError, match=r"/own/sft-.* was made from something else: "):
+        train_dpo(own, root=tmp_path)
+    assert run.manifest.made_from == made_from and run.manifest.data.fingerprint == made_from["data"]
+    assert train_sft(own, root=tmp_path, force=True).manifest.made_from != made_from
+
+
+def other_end(file: Path) -> None:
+    """One at which `generate` ends a reply besides the EOS."""
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "eos_token_id": [facts["eos_token_id"], 7]}))
+
+
+def without_the_last_row(file: Path) -> None:
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+
+
+def other_template(file: Path) -> None:
+    """One that writes every dialogue as before, and another word only where somebody calls a tool."""
+    file.write_text(file.read_text() + "{% if tools %}tools{% endif %}")
 
 
 def test_a_full_model_as_start_gets_a_fresh_adapter_and_is_the_reference(recipe, folders, tmp_path):
@@ -122,10 +228,14 @@ def test_full_fine_tuning_keeps_a_second_copy_as_reference(recipe, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(run.model).dtype == torch.float32
 
 
-@pytest.mark.parametrize("how", ["model.lora.r=4", "model.lora=null", "model.reference=base"])
+KINDS = ["model.lora.r=4", "model.lora=null", "model.lora.target_modules=[q_proj,embed_tokens]"]
+AGAINST_BASE = ["model.reference=base", "model.lora.use_dora=true model.reference=base"]
+
+
+@pytest.mark.parametrize("how", [*KINDS, *AGAINST_BASE])
 def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, recipe, tmp_path):
     """A KL limit that the first step passes: the run ends at its first evaluation, with what it is compared with."""
-    run = train_dpo(recipe("llama", how, "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
+    run = train_dpo(recipe("llama", *how.split(), "monitor.max_kl=1e-7", "monitor.action=stop"), root=tmp_path)
     manifest = run.manifest
     assert manifest.status == "finished" and (manifest.steps, manifest.best_step) == (3, 0)
     assert manifest.stop_reason.startswith("stopped at step 3: the policy is")
@@ -133,7 +243,7 @@ def test_where_no_checkpoint_is_inside_the_limits_the_reference_is_kept(how, rec
     (warning,) = [w for w in manifest.warnings if w.guard == "kl"]
     assert warning.step == 3 and "dpo.beta" in warning.message
     assert manifest.test.kl == 0 and manifest.test.margin.mean == pytest.approx(0, abs=1e-5)
-    if how != "model.reference=base":
+    if how not in AGAINST_BASE:
         assert weights_of(run) == weights_of(Run(Path(manifest.parent.run)))
 
 

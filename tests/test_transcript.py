@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.errors import DataError
-from alignlab.transcript import Pair, Turn, dialogue_key, join_turns, shorten, split_last_turn, split_pair, split_turns
+from alignlab.transcript import Turn, dialogue_key, join_turns, shorten, split_last_turn, split_pair, split_turns
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
 
@@ -19,7 +19,7 @@ pieces = st.sampled_from(
 )
 hostile = st.lists(pieces | st.text(max_size=4), max_size=8).map("".join)
 texts = hostile.filter(lambda text: "\n\nHuman:" not in text and "\n\nAssistant:" not in text)
-turns = st.lists(st.builds(Turn, st.sampled_from(["Human", "Assistant"]), texts), min_size=1, max_size=6)
+turns = st.lists(st.builds(Turn, st.sampled_from(["Human", "Assistant"]), texts, st.none()), min_size=1, max_size=6)
 
 
 @given(turns)
@@ -51,14 +51,14 @@ def test_swapping_chosen_and_rejected_swaps_the_replies(said, chosen, rejected):
         with pytest.raises(DataError, match="identical"):
             split_pair(first, second)
         return
-    pair = split_pair(first, second)
-    assert split_pair(second, first) == Pair(pair.prompt, pair.rejected, pair.chosen)
-    assert pair.prompt + pair.chosen == first
+    prompt, chosen, rejected = split_pair(first, second)
+    assert split_pair(second, first) == (prompt, rejected, chosen)
+    assert prompt + chosen == first
 
 
 def test_prompt_ends_at_the_last_assistant_turn():
     pair = split_pair("\n\nHuman: 1+1?\n\nAssistant: 2", "\n\nHuman: 1+1?\n\nAssistant: 3")
-    assert pair == Pair("\n\nHuman: 1+1?\n\nAssistant:", " 2", " 3")
+    assert pair == ("\n\nHuman: 1+1?\n\nAssistant:", " 2", " 3")
 
 
 def test_role_words_inside_a_turn_are_text():
@@ -67,8 +67,8 @@ def test_role_words_inside_a_turn_are_text():
 
 
 def test_consecutive_assistant_turns_stay_turns():
-    pair = split_pair(*(f"\n\nHuman: hi\n\nAssistant: one\n\nAssistant: {last}" for last in "ab"))
-    assert pair.prompt == "\n\nHuman: hi\n\nAssistant: one\n\nAssistant:"
+    prompt, _, _ = split_pair(*(f"\n\nHuman: hi\n\nAssistant: one\n\nAssistant: {last}" for last in "ab"))
+    assert prompt == "\n\nHuman: hi\n\nAssistant: one\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_splitting_a_ten_megabyte_dialogue_takes_under_two_seconds():
     turn = "\n\nHuman: " + "\nHuman:\n Assistant:" * 50 + "\n\nAssistant: yes\n\n"
     text = turn * (10_000_000 // len(turn))
     start = time.process_time()
-    pair = split_pair(text + "a", text + "b")
-    assert join_turns(split_turns(pair.prompt)) == pair.prompt
+    prompt, _, _ = split_pair(text + "a", text + "b")
+    assert join_turns(split_turns(prompt)) == prompt
     assert time.process_time() - start < 2
 
 
@@ -124,10 +124,10 @@ def test_every_real_row_splits_exactly_or_is_dropped(subset, rows, dropped):
         for read, line in enumerate(lines, 1):  # noqa: B007
             row = json.loads(line)
             try:
-                pair = split_pair(row["chosen"], row["rejected"])
+                prompt, chosen, rejected = split_pair(row["chosen"], row["rejected"])
             except DataError:
                 refused += 1
                 continue
-            assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (row["chosen"], row["rejected"])
-            assert pair.chosen.startswith(" ") and join_turns(split_turns(pair.prompt)) == pair.prompt
+            assert (prompt + chosen, prompt + rejected) == (row["chosen"], row["rejected"])
+            assert chosen.startswith(" ") and join_turns(split_turns(prompt)) == prompt
     assert (read, refused) == (rows, dropped)

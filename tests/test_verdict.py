@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from alignlab.estimate import Estimate
 from alignlab.facts.runs import Evaluated, OnTest
-from alignlab.facts.sweep import Sweep, SweepMember
 from alignlab.report.verdict import MOST_WORDS, compare_verdict, duration, side, signs, sweep_verdict, verdict
-from alignlab.run import Limits
-from alignlab.text import number, percent
+from alignlab.run import Limits, Rows, Sweep, SweepMember
+from alignlab.tables import number, percent
 
 ACCURATE = OnTest(kl=KL, accuracy=share(1.0, 0.0, 250))
 
@@ -293,8 +292,6 @@ def test_a_run_that_was_not_judged_with_the_others_is_named():
 
 
 def test_runs_of_different_data_are_not_ranked():
-    from alignlab.run import Rows
-
     runs = [run_facts(name=name, data=Rows(fingerprint=name)) for name in "ab"]
     assert compare_verdict(runs, {}, None).headline == "2 runs of different data: their figures do not rank them."
 

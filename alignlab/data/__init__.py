@@ -31,8 +31,7 @@ from alignlab.data.ledger import (
 from alignlab.data.pairing import Job
 from alignlab.data.preparation import BATCH_ROWS, prepare_rows
 from alignlab.data.prepared import Entry, find_or_make
-from alignlab.data.rows import Part, find_parts, names_of
-from alignlab.data.sources import understand_parts
+from alignlab.data.rows import Part, find_parts, names_of, with_readers
 from alignlab.data.splits import SPLITS
 from alignlab.format import Format
 from alignlab.recipe import DataSection
@@ -50,11 +49,11 @@ SFT_COLUMNS = {"input_ids": "ids", "labels": "ids"}
 class Prepared:
     """Preference pairs ready for TRL, and the account of how they came about.
 
-    Each split has `prompt`, `chosen`, `rejected` (what the model sees, without BOS and EOS unless a chat template
+    Each split has `prompt`, `chosen`, `rejected` (what the model sees, without BOS and end unless a chat template
     writes them into the prompt) and `prompt_ids`, `chosen_ids`, `rejected_ids`: what TRL's `DPOTrainer` makes of these
-    strings, but that a reply that was cut carries no EOS (it would teach the model to stop anywhere). Where the source
-    has it, `confidence` is that of the person who preferred. `file` and `line` say which row a pair comes from: the
-    number of its name in `files`, and the line or row there.
+    strings, but that a reply ends with `Format.end`, and one that was cut with nothing (it would teach the model to
+    stop anywhere). Where the source has it, `confidence` is that of the person who preferred. `file` and `line` say
+    which row a pair comes from: the number of its name in `files`, and the line or row there.
     """
 
     train: datasets.Dataset
@@ -64,6 +63,7 @@ class Prepared:
     kept: Mapping[str, int]  # pairs in each split
     dropped: Mapping[str, int]  # rows and pairs left out, by reason
     repaired: Mapping[str, int]  # kept rows (for "reply cut": replies) that were changed, by what was done
+    not_read: Mapping[str, int]  # rows by the column, or key of a message, that holds what is not read
     parts: Sequence[Mapping[str, Any]]  # of each path: path, source, rows, kept, dropped
     files: Sequence[str]  # names of the files and tables that `file` counts, from 0
     dropped_rows: Path  # JSON lines: reason, file, line, row
@@ -92,7 +92,7 @@ def prepare(section: DataSection, tokenizer: PreTrainedTokenizerBase, chat_templ
     Raises `DataError` where a file cannot be read, nothing is usable, or a split comes out empty.
     """
     form = Format(section.format, tokenizer, chat_template)
-    return _prepared(Job(section, form, understand_parts(find_parts(section), section.source), {}))
+    return _prepared(Job(section, form, with_readers(find_parts(section), section)))
 
 
 def prepare_replies(
@@ -100,17 +100,19 @@ def prepare_replies(
 ) -> Prepared:
     """What SFT learns: the replies of `data.sft`, or the pairs as they are, whose chosen replies it learns then.
 
-    The columns are `prompt`, `chosen`, `prompt_ids`, `chosen_ids`. Dialogues that the pairs hold for validation or test
-    are left out: what is measured there must be new to SFT as well. Nothing is kept apart for a test of their own.
+    The columns are `prompt`, `chosen`, `prompt_ids`, `chosen_ids`. What the pairs hold out must be new to SFT as well:
+    dialogues that they test on are left out, those that they validate on are for validation here too. Nothing is kept
+    apart for a test of their own.
     """
     if not section.sft.path:
         return pairs
     sft = section.sft
-    other = replace(section, source=sft.source, path=sft.path, subset=sft.subset, split=sft.split, test_share=0.0)
+    own = {name: getattr(sft, name) for name in ("source", "path", "subset", "config", "split", "columns")}
+    other = replace(section, **own, test_split=None, test_share=0.0)
     form = Format(section.format, tokenizer, chat_template)
     held_out = {split: pairs.dialogues[split] for split in ("validation", "test")}
-    parts = understand_parts(find_parts(other), sft.source, key="data.sft.source")
-    return _prepared(Job(other, form, parts, held_out, wanted=("train", "validation"), has_pairs=False))
+    parts = with_readers(find_parts(other, "data.sft"), other, "data.sft")
+    return _prepared(Job(other, form, parts, "data.sft", held_out))
 
 
 def _prepared(job: Job) -> Prepared:
@@ -121,9 +123,12 @@ def _prepared(job: Job) -> Prepared:
     entry = find_or_make(facts, about, lambda folder: prepare_rows(job, folder))
     account, names = entry.account, dict(zip(entry.account["files"], (part.name for part in job.parts), strict=True))
     log.info("data: %s: %s, in %.1f s", names_of(job.parts), _sentence(entry, names), time.perf_counter() - began)
+    if account["not_read"]:
+        told = ", ".join(f"{name} ({count:,} rows)" for name, count in account["not_read"].items())
+        log.info("data: %s: not read: %s", names_of(job.parts), told)
     return Prepared(
         **{split: open_arrow(entry.folder / f"{split}.arrow") for split in SPLITS},
-        **{name: account[name] for name in ("rows", "kept", "dropped", "repaired", "fingerprint")},
+        **{name: account[name] for name in ("rows", "kept", "dropped", "repaired", "not_read", "fingerprint")},
         files=[part.name for part in job.parts],
         parts=_by_path(job.parts, account["parts"]),
         dropped_rows=_dropped_rows(entry, names),

@@ -17,10 +17,18 @@ from alignlab.recipe import DataSection
 
 PREPARING = (
     *("files", "format", "toy", "transcript", "words"),
-    *("data/ledger", "data/pairing", "data/preparation", "data/rows", "data/sources", "data/splits"),
+    *("data/layouts", "data/ledger", "data/messages", "data/pairing", "data/preparation", "data/rows", "data/splits"),
 )
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-ELSEWHERE = ("path", "subset", "source", "sft", "toy")  # said by the parts themselves, or read by somebody else
+ELSEWHERE = (
+    "path",
+    "subset",
+    "config",
+    "columns",
+    "source",
+    "sft",
+    "toy",
+)  # said by the parts themselves, or read by somebody else
 
 
 def identify(section: DataSection, form: Format, parts: Sequence[Part], more: Any) -> dict[str, Any] | None:
@@ -33,7 +41,7 @@ def identify(section: DataSection, form: Format, parts: Sequence[Part], more: An
     settings = {name: value for name, value in asdict(section).items() if name not in ELSEWHERE}
     is_toy = any(part.source == "toy" for part in parts)
     return {
-        "rows": [[part.split, sorted(part.brought), part.source, part.digest()] for part in parts],
+        "rows": [_identify_part(part) for part in parts],
         "settings": settings | ({"toy": asdict(section.toy)} if is_toy else {}),
         "tokenizer": [type(form.tokenizer).__name__, xxhash.xxh3_128_hexdigest(tokens.encode()), form.eos],
         "bos": form.tokenizer.bos_token,
@@ -42,6 +50,11 @@ def identify(section: DataSection, form: Format, parts: Sequence[Part], more: An
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "code": _code(),
     }
+
+
+def _identify_part(part: Part) -> list[Any]:
+    read = part.reader and [part.reader.source, sorted(part.reader.columns.items())]
+    return [part.split, sorted(part.brought), sorted(part.row_splits.items()), read, part.digest()]
 
 
 @cache

@@ -38,6 +38,7 @@ PAIR_COLUMNS = {
 CONFIDENCE = {"confidence": "number"}  # a column beside them, where a source has it
 ORIGIN = {"file": "count", "line": "count"}  # columns of every pair: the number of its file, and the line there
 KEY_BYTES = 8  # of a dialogue
+OF_THE_PAIRS = {split: f"dialogue also in the {split} split of the pairs" for split in SPLITS}  # a reason
 
 
 class Ledger:
@@ -50,10 +51,11 @@ class Ledger:
         parts: Sequence[Part],
         apart_from: Mapping[str, frozenset[bytes]],
     ):
-        """Dialogues of `apart_from` (of other data, by split) are dropped."""
+        """Dialogues of `apart_from` (of other data, by split) stand in no other split here."""
         self.folder, self.columns, self.parts, self.apart_from = folder, columns, parts, apart_from
         self.rows = self.pairs = 0
         self.kept, self.dropped, self.repaired = Counter(), Counter(), Counter()
+        self.not_read = Counter()  # rows by the column, or key of a message, that holds what is not read
         self.by_part: defaultdict[str, Counter[Part]] = defaultdict(Counter)  # of rows, kept, dropped
         self.dialogues = {split: set() for split in SPLITS}
         self.first_dropped: dict[str, Row] = {}  # by reason
@@ -101,10 +103,12 @@ class Ledger:
 
     def _refusal(self, pair: Pair, most_of_a_prompt: int | None) -> str | None:
         for split in SPLITS:
-            if split != pair.split and pair.key in self.dialogues[split]:
+            if split == pair.split:
+                continue
+            if pair.key in self.dialogues[split]:
                 return f"dialogue also in the {split} split"
             if pair.key in self.apart_from.get(split, ()):
-                return f"dialogue also in the {split} split of the pairs"
+                return OF_THE_PAIRS[split]
         if most_of_a_prompt is not None:
             prompt = xxhash.xxh3_128_digest(pair.prompt.encode())
             if self._of_prompt[prompt] >= most_of_a_prompt:
@@ -116,9 +120,9 @@ class Ledger:
         """Writes the pairs taken so far to their Arrow files."""
         for split, pending in self._pending.items():
             if pending:
-                pairs, files, lines = zip(*pending, strict=True)
-                columns = {name: [getattr(pair, name) for pair in pairs] for name in self.columns}
-                batch = record_batch(columns | {"file": files, "line": lines}, self.columns | ORIGIN)
+                rows = [{**pair.columns(), "file": file, "line": line} for pair, file, line in pending]
+                wanted = self.columns | ORIGIN
+                batch = record_batch({name: [row[name] for row in rows] for name in wanted}, wanted)
                 self._tables[split].write_batch(batch)
                 pending.clear()
 
@@ -139,12 +143,13 @@ class Ledger:
             "parts": [{what: of[part] for what, of in self.by_part.items()} for part in self.parts],
             "dialogues": {split: len(keys) for split, keys in self.dialogues.items()},
             "fingerprint": self._content.hexdigest(),
+            "not_read": dict(self.not_read),
         }
 
 
 def _bytes(pair: Pair) -> bytes:
-    texts = [text.encode() for text in (pair.split, pair.prompt, pair.chosen, pair.rejected) if text is not None]
-    ids = [ids.tobytes() for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) if ids is not None]
+    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies)]
+    ids = [ids.tobytes() for ids in (pair.prompt_ids, *pair.reply_ids)]
     return b"".join([piece for one in (*texts, *ids) for piece in (len(one).to_bytes(8, "little"), one)])
 
 

@@ -17,19 +17,24 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from alignlab.data.ledger import CONFIDENCE, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
-from alignlab.data.pairing import Job, Pair, Refusal, Source, make_pairs, shares_of
+from alignlab.data.layouts import INVERTED, SAME_SCORE, UNORDERED
+from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
+from alignlab.data.pairing import EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
 from alignlab.data.prepared import Account
-from alignlab.data.rows import names_of, split_named
-from alignlab.data.sources import NEEDS, PROMPT_CAPS
-from alignlab.data.splits import larger_shares
+from alignlab.data.rows import names_of
+from alignlab.data.splits import OTHER, larger_shares
 from alignlab.errors import DataError
+from alignlab.format import ALPACA_HEADING
 
 BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
 SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the words that these have taught
 MOST_PROCESSES = 4  # one reads, writes and counts for all: more would wait for it
 
-Made = tuple[list[Pair], list[Refusal]]
+PROMPT_CAPS = {"shp": 5}  # pairs of one prompt where the recipe says nothing: SHP's own advice
+OTHER_PROMPTS = (
+    "its prompts are those that the pairs hold out: bring rows with other prompts, or leave data.sft.path out, and SFT"
+    " learns the chosen replies"
+)
 
 
 def prepare_rows(job: Job, folder: Path) -> Account:
@@ -37,12 +42,13 @@ def prepare_rows(job: Job, folder: Path) -> Account:
     columns = (PAIR_COLUMNS if job.has_pairs else REPLY_COLUMNS) | (CONFIDENCE if job.has_confidence else {})
     caps = [job.section.max_pairs_per_prompt or PROMPT_CAPS.get(part.source) for part in job.parts]
     with _collector_off(), Ledger(folder, columns, job.parts, job.apart_from) as ledger:
-        for batch, (pairs, refused) in _made(job, _batches(_progress(_read_rows(job, ledger)))):
-            for place, reason in refused:
+        for batch, made in _made(job, _batches(_progress(_read_rows(job, ledger)))):
+            ledger.not_read.update(made.unread)
+            for place, reason in made.refused:
                 ledger.drop(job.parts[batch[place].part], batch[place].row, reason)
-            for pair in pairs:
-                source = batch[pair.place]
-                ledger.keep(pair, job.parts[source.part], source.row, caps[source.part])
+            for pair in made.pairs:
+                raw = batch[pair.place]
+                ledger.keep(pair, job.parts[raw.part], raw.row, caps[raw.part])
             ledger.flush()
     _check_splits(ledger, job)
     return ledger.account()
@@ -60,25 +66,23 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _read_rows(job: Job, ledger: Ledger) -> Iterator[Source]:
+def _read_rows(job: Job, ledger: Ledger) -> Iterator[RawRow]:
     """Raw rows with the split that they bring, if any; at most `max_pairs` of each part and split."""
     most = job.section.max_pairs
     for number, part in enumerate(job.parts):
         read = Counter()
         for row in part.rows():
-            named = row.fields.get("split")
-            named = split_named(named, job.section) if isinstance(named, str) else None
-            split = named or part.split
-            if most is None or read[split] < most:
+            split = part.split_of(row)
+            if split != OTHER and (most is None or read[split] < most):
                 read[split] += 1
                 ledger.read(part)
-                yield Source(number, row, split, named is not None)
+                yield RawRow(number, row, split)
 
 
 # Processes
 
 
-def _made(job: Job, batches: Iterator[list[Source]]) -> Iterator[tuple[list[Source], Made]]:
+def _made(job: Job, batches: Iterator[list[RawRow]]) -> Iterator[tuple[list[RawRow], Made]]:
     """Each batch with its pairs, in order."""
     for batch in islice(batches, SERIAL_ROWS // BATCH_ROWS):
         yield batch, make_pairs(batch, job)
@@ -118,20 +122,20 @@ def _begin(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
 
 
-def _make(batch: list[Source]) -> Made:
+def _make(batch: list[RawRow]) -> Made:
     return make_pairs(batch, _job)
 
 
-def _batches(sources: Iterator[Source]) -> Iterator[list[Source]]:
-    while batch := list(islice(sources, BATCH_ROWS)):
+def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    while batch := list(islice(rows, BATCH_ROWS)):
         yield batch
 
 
-def _progress(sources: Iterator[Source]) -> Iterator[Source]:
+def _progress(rows: Iterator[RawRow]) -> Iterator[RawRow]:
     from tqdm.auto import tqdm
 
     quiet = os.environ.get("LOCAL_RANK", "0") != "0" or None  # none: shown on a terminal only
-    return iter(tqdm(sources, desc="preparing pairs", unit=" rows", leave=False, disable=quiet))
+    return iter(tqdm(rows, desc="preparing pairs", unit=" rows", leave=False, disable=quiet))
 
 
 def _check_splits(ledger: Ledger, job: Job) -> None:
@@ -141,15 +145,44 @@ def _check_splits(ledger: Ledger, job: Job) -> None:
     if not ledger.rows:
         raise DataError(f"{where}: no rows: the data is empty")
     if not kept:
-        row = next(iter(ledger.first_dropped.values()))
-        source = next(part.source for part in job.parts if part.source)
-        raise DataError(
-            f"{where}: not one usable row of {ledger.rows}: {reasons}; data.source={source} needs {NEEDS[source]};"
-            f" {row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
-        )
+        raise DataError(f"{where}: not one usable row of {ledger.rows}: {reasons}; {_remedy(ledger, job)}")
     if empty := [split for split in job.wanted if not ledger.kept[split]]:
-        keys = [key for keys in ledger.dialogues.values() for key in keys]
-        shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
-        brought = frozenset().union(*(part.brought for part in job.parts))
-        remedy = larger_shares(keys, empty, shares, brought)
-        raise DataError(f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons}); {remedy}")
+        raise DataError(
+            f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons});"
+            f" {_larger_shares(ledger, job, empty)}"
+        )
+
+
+# What to do about a reason for which most rows are left out; about one of no line here, to look at the columns
+REMEDIES = {
+    LONG_REPLY: "set data.max_reply_tokens higher, or data.long_replies=cut",
+    LONG_PROMPT: "set data.max_prompt_tokens higher",
+    UNORDERED: (
+        "name what orders them as data.columns: {scores: COLUMN} (the more, the better) or {ranks: COLUMN} (1 is best),"
+        " or write data.source=ranked where the best answer stands first"
+    ),
+    EMPTY_PROMPT: "write data.columns: {prompt: COLUMN} where another column holds it",
+    **dict.fromkeys((SAME_SCORE, INVERTED), "data.source=pairs takes such pairs without a look at their scores"),
+    ALPACA_HEADING: "data.format=plain takes prompts as they are that stand in Alpaca's sections already",
+    **dict.fromkeys(OF_THE_PAIRS.values(), OTHER_PROMPTS),
+}
+
+
+def _remedy(ledger: Ledger, job: Job) -> str:
+    most, _ = ledger.dropped.most_common(1)[0]
+    row = ledger.first_dropped[most]
+    has = f"{row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
+    if most in REMEDIES:
+        return f"{REMEDIES[most]}; {has}"
+    reader = next(part.reader for part in job.parts if part.reader)
+    needs = f"{job.key}.source={reader.source} needs {reader.layout.holds}"
+    return f"{needs}; {has}; {job.key}.columns says which is which"
+
+
+def _larger_shares(ledger: Ledger, job: Job, empty: list[str]) -> str:
+    if "train" in empty and any(reason in OF_THE_PAIRS.values() for reason in ledger.dropped):
+        return OTHER_PROMPTS
+    keys = [key for keys in ledger.dialogues.values() for key in keys]
+    shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
+    brought = frozenset().union(*(part.brought for part in job.parts))
+    return larger_shares(keys, empty, shares, brought)

@@ -27,17 +27,19 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
         text: np.concatenate([prepared.token_counts(split, text) for split in SPLITS])
         for text in ("prompt", "chosen", "rejected")
     }
+    layout = ", ".join(dict.fromkeys(part["source"] for part in prepared.parts if part["source"]))
     return {
-        "source": section.source or ", ".join(dict.fromkeys(part["source"] or "empty" for part in prepared.parts)),
+        "layout": layout,
         "path": section.path,
         "subset": section.subset,
         "format": section.format,
-        "rows": prepared.rows,
+        "rows_read": prepared.rows,
         "parts": [dict(part) for part in prepared.parts],
         "kept": sum(prepared.kept.values()),
         "splits": dict(prepared.kept),
         "dropped": dict(prepared.dropped),
         "repaired": dict(prepared.repaired),
+        "not_read": dict(prepared.not_read),
         "dialogues": {split: len(keys) for split, keys in prepared.dialogues.items()},
         "tokens": {name: _percentiles(counts) for name, counts in lengths.items()},
         "histogram": _histogram(lengths),

@@ -18,6 +18,7 @@ import xxhash
 from alignlab.data import Prepared
 from alignlab.doctor.finding import Finding, Level, Shown, few
 from alignlab.errors import DataError
+from alignlab.text import one_line
 from alignlab.transcript import split_turns
 
 QUOTED = 100  # characters of a text that are shown
@@ -95,10 +96,10 @@ def human_turns(transcript: str) -> list[str]:
 
 
 def quote(text: str) -> str:
-    """The beginning of a text on one line, what cannot be printed spelled out."""
+    """The beginning of a text on one line."""
     text = text.strip()
     begun = text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}…"
-    return '"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in begun) + '"'
+    return f'"{one_line(begun)}"'
 
 
 class Numbers:

@@ -6,12 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from alignlab.data import Prepared, prepare_replies
+from alignlab.data.splits import SPLITS
 from alignlab.disk import write_text
 from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
@@ -20,9 +22,10 @@ from alignlab.doctor.doubles import double_findings
 from alignlab.doctor.finding import LEVELS, Finding, Shown
 from alignlab.doctor.limits import limit_findings
 from alignlab.doctor.near import near_findings
+from alignlab.doctor.reading import reading_findings
 from alignlab.doctor.shortcuts import find_shortcuts
 from alignlab.format import Format
-from alignlab.prompts import as_transcript, texts_of
+from alignlab.prompts import as_transcript
 from alignlab.recipe import Recipe
 from alignlab.run import EXAMINATION
 
@@ -38,25 +41,40 @@ def examine(
     prepared: Prepared,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_files: Sequence[Path] = (),
+    asked: Mapping[str, Sequence[str]] = MappingProxyType({}),
     root: Path = Path("runs"),
 ) -> dict[str, Any]:
-    """The description, each finding with three pairs that show it (the worst come first), and what training takes."""
+    """The description, each finding with three pairs that show it (the worst come first), and what training takes.
+
+    `asked` holds prompts to be evaluated on, by the name of their file (`alignlab.prompts.texts_of`).
+    """
     began = time.perf_counter()
-    asked = {file.name: texts_of(file) for file in prompt_files}
     form = Format(recipe.data.format, tokenizer)
-    shortcuts = find_shortcuts(prepared)
-    found = [*_findings(prepared, form, asked), *shortcuts.findings]
+    bare = before_template(prepared, form)
+    shortcuts = find_shortcuts(bare)
+    found = [*_findings(bare, form, asked), *shortcuts.findings]
     found.sort(key=lambda one: (LEVELS.index(one.level), not one.count))
     description = describe(prepared, recipe.data, tokenizer)
     log.info("data: %d things looked for, in %.1f s", len(found), time.perf_counter() - began)
     return {
         **description,
-        "findings": [_as_json(finding, prepared) for finding in found],
+        "findings": [_as_json(finding, bare) for finding in found],
         "features": [*shortcuts.features],
         "shortcuts": {"model": asdict(shortcuts.model), "longest": asdict(shortcuts.longest)},
         "costs": costs(_rows(prepared, recipe, tokenizer, description), recipe, root),
     }
+
+
+def before_template(prepared: Prepared, form: Format) -> Prepared:
+    """The pairs with their replies as they were before a chat template wrote its markers around them."""
+    if form.name != "chat":
+        return prepared
+
+    def bare(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        replies = {name: [form.bare(text) for text in batch[name]] for name in ("chosen", "rejected") if name in batch}
+        return {**batch, **replies}
+
+    return replace(prepared, **{split: getattr(prepared, split).with_transform(bare) for split in SPLITS})
 
 
 def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
@@ -69,6 +87,7 @@ def write_examination(examination: Mapping[str, Any], folder: Path) -> Path:
 def _findings(prepared: Prepared, form: Format, asked: Mapping[str, Sequence[str]]) -> Iterable[Finding]:
     transcript = partial(as_transcript, form)
     yield from limit_findings(prepared)
+    yield from reading_findings(prepared, transcript)
     yield from double_findings(prepared, transcript)
     yield from near_findings(prepared, asked, transcript)
     yield from find_damage(prepared, form.name)
@@ -76,7 +95,7 @@ def _findings(prepared: Prepared, form: Format, asked: Mapping[str, Sequence[str
 
 def _as_json(finding: Finding, prepared: Prepared) -> dict[str, Any]:
     shown = [_shown(one, prepared) for one in finding.shown]
-    return {**asdict(finding), "share": finding.share, "shown": shown}
+    return {**asdict(finding), "rows": finding.count, "share": finding.share, "shown": shown}
 
 
 def _shown(one: Shown, prepared: Prepared) -> dict[str, Any]:

@@ -10,11 +10,12 @@ Level = Literal["wrong", "doubtful", "note"]  # must be mended; look at it; good
 
 LEVELS: tuple[Level, ...] = ("wrong", "doubtful", "note")
 NAMES = (  # of all that is looked for, as `--fail-on` takes them; that of a prompt file goes on with its name
-    *("dropped-rows", "shortened-prompts", "cut-replies"),
+    *("dropped-rows", "shortened-prompts", "cut-replies", "not-read", "different-prompts", "prompt-in-reply"),
+    *("few-pairs", "unbalanced-sources"),
     *("repeated-pairs", "like-replies", "both-orders", "contradictions", "chosen-and-rejected"),
     *("overlap", "dialogue-overlap", "near-duplicates", "near-overlap", "prompt-overlap"),
     *("role-words", "role-words-rejected", "role-words-prompts", "mojibake", "control-characters"),
-    *("empty-replies", "one-word-replies", "cut-off-replies"),
+    *("empty-replies", "messages-in-replies", "one-word-replies", "cut-off-replies"),
     *("refusal-only-replies", "refusals-preferred", "refusals-rejected", "length-bias", "shallow-features"),
 )
 SHOWN = 3  # rows that stand for all

@@ -6,19 +6,15 @@ the role words are gone, the share that both have. Near is `NEAR` or more. No wo
 Chinese is compared like English. A text with fewer letters than a shingle is compared exactly only, and in a short one
 a small change weighs much: one changed letter inside fewer than 49 is not near any more.
 
-Candidates come from MinHash signatures of `BANDS * ROWS` permutations by datasketch, grouped by equal bands (Leskovec,
-Rajaraman, Ullman, "Mining of Massive Datasets", 3.4). Two texts of similarity s share no band with probability
-(1 - s**ROWS)**BANDS: 5e-5 at 0.8, less above. Of the candidates only those whose signatures agree in `NEAR - MARGIN`
-of their places are looked at (four standard errors of that estimate), and each of these by its real shingles, so that
-nothing is called near which is not; at most `CHECKED` for one text, and one for each text that is left once `REFUTED`
-have come to nothing: in data made of a long template, with similarities just below 0.8, some near texts are missed.
+Candidates come from datasketch's MinHashLSH with BANDS bands of ROWS permutations. Two texts of similarity s share no
+band with probability (1 - s**ROWS)**BANDS: 5e-5 at 0.8, less above (Leskovec, Rajaraman, Ullman, "Mining of Massive
+Datasets", 3.4). The CHECKED candidates whose signatures are most alike are compared by their real shingles, so that
+nothing is called near which is not; where more are about as alike and none of the first is near, one may be missed.
 
-Texts that are alike by construction (a template, one question edited a hundred times) fill whole bands with one group.
-So a text is compared with the `WINDOW` texts before it in its group and with the `FIRST` of it, and no further once it
-is found to be near an earlier one: time grows with the number of texts, not with its square. A text that is near one
-further back only, in each crowded group that they share, is missed. What is counted is therefore texts that are near
-some earlier one, not pairs of texts. Groups are sorted in arrays, not kept in datasketch's own index, which takes 6 KiB
-a text; what is kept is a signature (500 bytes) and the letters of each different text.
+Texts that are alike by construction (a template, one question edited a hundred times) would all be candidates of each
+other. So a text that has CROWD candidates is compared and not indexed: those before it stand for it. Then no band holds
+more than CROWD texts under one key, and time grows with the number of texts, not with its square. What is near such a
+text only is missed. What is counted is therefore texts that are near some earlier one, not pairs of texts.
 """
 
 from __future__ import annotations
@@ -28,9 +24,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
+from datasketch import MinHash, MinHashLSH
 
 from alignlab.data import Prepared
-from alignlab.data.preparation import BATCH_ROWS
 from alignlab.doctor.doubles import APART, QUOTED, Transcript, human_turns, letters, quote, verb
 from alignlab.doctor.finding import Finding, Shown, few
 from alignlab.errors import DataError
@@ -39,12 +36,9 @@ from alignlab.transcript import split_turns
 NEAR = 0.8  # Jaccard similarity
 GRAM = 5  # characters of a shingle (Mining of Massive Datasets, 3.2.2: five for short texts)
 BANDS, ROWS = 25, 5  # of a signature
-SEED = 1  # of the permutations
-MARGIN = 0.15  # below NEAR, of the similarity that signatures estimate
-WINDOW, FIRST = 16, 4  # texts of a group that one is compared with
-CHECKED = 16  # candidates of one text that are compared by their shingles
-REFUTED = 100_000  # comparisons that find two texts not near, about 20 s of them, before each text has one only
-PIECE = 4096  # shingles sketched at once, and rows of signatures compared at once: what is held in memory
+MARGIN = 0.15  # below NEAR, of the similarity that signatures estimate: four standard errors
+CHECKED = 8  # candidates of one text that are compared by their shingles
+CROWD = 64  # candidates of one text, with which it is not indexed itself
 
 
 class Match(NamedTuple):
@@ -196,99 +190,45 @@ def near_earlier(
 
     Texts must differ. `apart` says of two of the indexed texts that they are not to be matched.
     """
-    numbers = np.array([number for number, text in enumerate(texts) if len(text) >= GRAM], np.int64)
-    signatures = _signatures([texts[number] for number in numbers])
-    shingles_of = lru_cache(maxsize=128)(lambda number: shingles(texts[number]))
-    tries = np.where(numbers >= asking, CHECKED, 0)
-    found, refuted = {}, set()
-    for band in range(BANDS):
-        groups = _Groups(signatures[:, band * ROWS : (band + 1) * ROWS], int((numbers < indexed).sum()))
-        for place, earlier in groups.candidates(signatures, tries):
-            if not tries[place] or (place, earlier) in refuted:
-                continue
-            one, other = int(numbers[place]), int(numbers[earlier])
-            similarity = jaccard(shingles_of(one), shingles_of(other))
-            if similarity >= NEAR and not (one < indexed and apart(texts[one], texts[other])):
-                found[one] = Match(other, similarity)
-                tries[place] = 0
-            else:
-                refuted.add((place, earlier))
-                tries[place] -= 1
-                if len(refuted) == REFUTED:
-                    tries[:] = np.where(tries == CHECKED, 1, 0)
+    index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
+    sketch = MinHash(BANDS * ROWS, hashfunc=xxhash.xxh32_intdigest)
+    signatures: dict[int, np.ndarray] = {}
+    shingles_of = lru_cache(maxsize=256)(lambda number: shingles(texts[number]))
+    found = {}
+    for number, text in enumerate(texts):
+        if len(text) < GRAM:
+            continue
+        sketch.clear()
+        sketch.update_batch(shingles_of(number))
+        candidates = index.query(sketch)
+        if number >= asking:
+            for other in _most_alike(sketch.hashvalues, candidates, signatures):
+                similarity = jaccard(shingles_of(number), shingles_of(other))
+                if similarity >= NEAR and not (number < indexed and apart(text, texts[other])):
+                    found[number] = Match(other, similarity)
+                    break
+        if number < indexed and len(candidates) < CROWD:
+            index.insert(number, sketch)
+            signatures[number] = sketch.hashvalues
     return found
 
 
-def shingles(text: str) -> frozenset[str]:
-    return frozenset(text[start : start + GRAM] for start in range(len(text) - GRAM + 1))
+def _most_alike(signature: np.ndarray, candidates: Sequence[int], signatures: Mapping[int, np.ndarray]) -> list[int]:
+    """Of a text's candidates those that may be near it, the likeliest first."""
+    if not candidates:
+        return []
+    numbers = np.sort(candidates)
+    alike = (np.stack([signatures[number] for number in numbers]) == signature).mean(axis=1)
+    order = np.argsort(-alike, kind="stable")[:CHECKED]
+    return [int(numbers[place]) for place in order if alike[place] >= NEAR - MARGIN]
 
 
-def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+def shingles(text: str) -> frozenset[bytes]:
+    """All runs of `GRAM` characters, four bytes each."""
+    coded = text.encode("utf-32-le", "surrogatepass")
+    return frozenset(coded[start : start + 4 * GRAM] for start in range(0, len(coded) - 4 * GRAM + 1, 4))
+
+
+def jaccard(one: frozenset[bytes], other: frozenset[bytes]) -> float:
     shared = len(one & other)
     return shared / max(len(one) + len(other) - shared, 1)
-
-
-def _signatures(texts: Sequence[str]) -> np.ndarray:
-    """The MinHash signature of each text, a row each."""
-    from datasketch import MinHash
-
-    sketch = MinHash(BANDS * ROWS, seed=SEED, hashfunc=int, scheme="affine32")  # int: the shingles are hashed already
-    signatures = np.empty((len(texts), BANDS * ROWS), np.uint32)
-    hashes = (each for start in range(0, len(texts), BATCH_ROWS) for each in _hashes(texts[start : start + BATCH_ROWS]))
-    for row, of_text in zip(signatures, hashes, strict=True):
-        sketch.clear()
-        for start in range(0, len(of_text), PIECE):
-            sketch.update_batch(of_text[start : start + PIECE].tolist())
-        row[:] = sketch.hashvalues
-    return signatures
-
-
-def _hashes(texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """The shingles of each text, hashed to 32 bits: multiplied and shifted once for each character."""
-    whole = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
-    count = len(whole) - GRAM + 1
-    hashes = np.zeros(count, np.uint64)
-    for start in range(GRAM):
-        hashes = (hashes ^ whole[start : start + count]) * _ODD
-        hashes ^= hashes >> _HALF
-    hashes = (hashes >> _HALF).astype(np.uint32)
-    begin = 0
-    for text in texts:  # without those that reach into the next one
-        yield hashes[begin : begin + len(text) - GRAM + 1]
-        begin += len(text)
-
-
-_ODD, _HALF = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)  # 2**64 over the golden ratio, and half of 64 bits
-
-
-class _Groups:
-    """The texts whose signatures are equal in one band, next to each other and in their order."""
-
-    def __init__(self, band: np.ndarray, indexed: int):
-        keys = np.zeros(len(band), np.uint64)
-        for column in band.T:
-            keys = (keys ^ column) * _ODD
-            keys ^= keys >> _HALF
-        self.order = np.argsort(keys, kind="stable")
-        keys, places = keys[self.order], np.arange(len(band))
-        begins = np.append(True, keys[1:] != keys[:-1])[: len(band)]
-        self.begin = np.maximum.accumulate(np.where(begins, places, 0))
-        last = np.maximum.accumulate(np.where(self.order < indexed, places, -1))
-        self.last = np.append(-1, last)[: len(band)]  # the last of the indexed texts before each
-
-    def candidates(self, signatures: np.ndarray, tries: np.ndarray) -> Iterator[tuple[int, int]]:
-        """A text that has tries left, and an earlier one whose signature is like its own; the nearest before first."""
-        for at, there in self._steps():
-            ask = np.flatnonzero(there & (tries[self.order] > 0))
-            for start in range(0, len(ask), PIECE):
-                some = ask[start : start + PIECE]
-                ones, others = self.order[some], self.order[at[some]]
-                alike = (signatures[ones] == signatures[others]).mean(axis=1) >= NEAR - MARGIN
-                yield from zip(ones[alike].tolist(), others[alike].tolist(), strict=True)
-
-    def _steps(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Where each text's next candidate stands in the order, and whether there is one."""
-        for back in range(WINDOW):
-            yield self.last - back, self.last - back >= self.begin
-        for ahead in range(FIRST):
-            yield self.begin + ahead, self.begin + ahead <= self.last - WINDOW

@@ -10,7 +10,7 @@ from typing import Any
 from alignlab.data.splits import SPLITS
 from alignlab.doctor.description import PERCENTILES
 from alignlab.doctor.examination import abridged
-from alignlab.report.replies import harmless
+from alignlab.text import harmless
 
 SHOWN_CHARACTERS = 700  # of one prompt or reply
 WIDTH = 110  # of the sentences
@@ -23,8 +23,8 @@ def render(examination: Mapping[str, Any]) -> str:
     paths = examination["path"] if isinstance(examination["path"], list) else [examination["path"]]
     where = " ".join(filter(None, (*paths, examination["subset"])))
     lines = [
-        f"{examination['source']}  {where}  as {examination['format']}",
-        f"rows read       {examination['rows']:>9,}",
+        f"{examination['layout']}  {where}  as {examination['format']}",
+        f"rows read       {examination['rows_read']:>9,}",
         f"pairs kept      {examination['kept']:>9,}   "
         + ", ".join(f"{split} {examination['splits'][split]:,}" for split in SPLITS),
         *_parts(examination["parts"]),
@@ -34,6 +34,7 @@ def render(examination: Mapping[str, Any]) -> str:
         "tokens    " + "".join(f"{name:>9}" for name in ("mean", *PERCENTILES)),
         *(_token_line(name, examination["tokens"][name]) for name in ("prompt", "chosen", "rejected")),
         *_turns(examination["turns"]),
+        *_stops(examination.get("stops") or ()),
         "",
         f"the longer reply is the chosen one: {bias['longer_is_chosen']:.3f} ± {bias['stderr']:.3f} (n={bias['n']:,})",
         _shortcuts(examination["shortcuts"]),
@@ -54,6 +55,10 @@ def _turns(turns: Mapping[str, int]) -> list[str]:
     most = max(map(int, turns))
     some = ", ".join(f"{count:,} of {n}" for n, count in list(turns.items())[:6])
     return [f"prompts by Human turns: {some}" + (f", … up to {most}" if len(turns) > 6 else "")]
+
+
+def _stops(stops: Sequence[str]) -> list[str]:
+    return [f"a reply ends at {' or '.join(map(repr, stops))}"] if stops else []
 
 
 def _shortcuts(found: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ftfy.badness import BADNESS_RE
 
 from alignlab.doctor.finding import Level
 from alignlab.refusals import is_refusal
+from alignlab.text import one_line
 from alignlab.transcript import split_turns
 
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -42,6 +43,7 @@ _MARKER = re.compile(
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200d\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]+")
 _NO_WIDTH = "\u200b\u200c\u200d"
 _LAST_LATIN = "\u024f"
+_MESSAGES = re.compile(r"\s*[\[{][^:]{0,40}[\"'](?:role|from|messages|conversations)[\"']\s*:")
 _LETTER = re.compile(r"[^\W_]")
 _LIST_ITEM = re.compile(r"[ \t]{0,20}(?:[-*•+|]|\d{1,3}[.):]|[A-Za-z][.)])\s")
 _ALPACA_HEADING = re.compile(r"(?:\n\n|\A)### (?:Instruction|Input|Response):\n")
@@ -143,6 +145,15 @@ def find_cut(text: str) -> Span | None:
     return (end - 1, end) if len(words) == SENTENCE_WORDS else None
 
 
+def find_messages(text: str) -> Span | None:
+    """The beginning of a reply that is messages stored as JSON.
+
+    >>> find_messages(' [{"role": "assistant", "content": "Yes."}]')
+    (0, 12)
+    """
+    return _span(_MESSAGES.match(text))
+
+
 def find_bare_refusal(text: str) -> Span | None:
     bare = len(text.split(maxsplit=FEW_WORDS)) <= FEW_WORDS and refuses(text)
     return (0, len(text)) if bare else None
@@ -158,14 +169,13 @@ def _span(found: re.Match | None) -> Span | None:
 
 
 def excerpt(text: str, start: int, end: int) -> str:
-    """About a hundred characters around a place, on one line and safe to print: what cannot be seen is escaped.
+    """About a hundred characters around a place, on one line and safe to print.
 
     >>> excerpt("Stop\\x1b[2J now", 4, 5)
-    'Stop\\\\x1b[2J now'
+    'Stop⟨U+001B⟩[2J now'
     """
     begin = max(0, min(start - EXCERPT // 3, len(text) - EXCERPT))
-    part = text[begin : begin + EXCERPT]
-    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
+    seen = one_line(text[begin : begin + EXCERPT])
     return "…" * (begin > 0) + seen + "…" * (begin + EXCERPT < len(text))
 
 
@@ -241,6 +251,14 @@ SIGNS = (
         "Neither a letter nor a digit stands in {chosen} and {rejected}.",
         "remove the pairs whose chosen reply says nothing; alignlab drops only replies of white space",
         find_nothing,
+    ),
+    Sign(
+        "messages-in-replies",
+        "wrong",
+        REPLIES,
+        "Messages stored as JSON are all of {chosen} and {rejected}: the policy learns to write JSON.",
+        "store messages as lists, or as JSON text that can be read to its end",
+        find_messages,
     ),
     Sign(
         "one-word-replies",

@@ -1,7 +1,7 @@
 """What each model answers and how likely it finds texts, computed once, kept on disk, and taken up where it stopped.
 
-Keys are contents: the model's (its file is named after it), the token ids, the seed and the way of sampling. Another
-judge samples nothing again, and a model that has changed shares nothing with what it was.
+Keys are contents: the model's (its file is named after it), the token ids, the seed, the stops and the way of
+sampling. Another judge samples nothing again, and a model that has changed shares nothing with what it was.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from alignlab.disk import digest
 from alignlab.evaluate.candidates import Bench, Candidate
 from alignlab.evaluate.kept import Kept
+from alignlab.format import Format
 from alignlab.generate import Reply, batches, reply_logits, reply_logps, sample_replies
 from alignlab.measures import kl_per_reply
+from alignlab.model import find_stops
 
 Ids = Sequence[int]
 PAIRS_AT_ONCE = 64  # scored between two lines of the file
@@ -40,8 +42,8 @@ class Decoding:
 class Answers:
     """What a lineup of models makes of prompts and texts."""
 
-    def __init__(self, bench: Bench, tokenizer):
-        self.bench, self.tokenizer = bench, tokenizer
+    def __init__(self, bench: Bench, form: Format):
+        self.bench, self.form, self.tokenizer = bench, form, form.tokenizer
         self._files: dict[str, Kept] = {}
 
     def kept(self, candidate: Candidate) -> Kept:
@@ -49,8 +51,10 @@ class Answers:
 
     def replies(self, candidate: Candidate, prompts: Sequence[Ids], how: Decoding, about: str) -> list[Reply]:
         """One reply to each prompt."""
+        stops = find_stops(candidate.recipe.model, self.form)
+        facts = {**asdict(how), "stops": asdict(stops)}
         several = enumerate(batches([list(ids) for ids in prompts], how.batch_size))
-        wanted = {digest(["replies", number, asdict(how), batch]): (number, batch) for number, batch in several}
+        wanted = {digest(["replies", number, facts, batch]): (number, batch) for number, batch in several}
 
         def sample(few: list[tuple[int, list[Ids]]]) -> list[list[dict]]:
             ((number, batch),) = few
@@ -61,6 +65,7 @@ class Answers:
                     batch,
                     max_new_tokens=how.max_new_tokens,
                     seed=how.seed,
+                    stops=stops,
                     greedy=how.greedy,
                     batch_size=how.batch_size,
                     first=number,

@@ -18,7 +18,7 @@ from typing import Any
 from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError
 from alignlab.estimate import Estimate
-from alignlab.text import Row
+from alignlab.tables import Row
 
 
 def check_benchmarks(tasks: Sequence[str], folder: Path | None) -> None:

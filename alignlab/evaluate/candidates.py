@@ -19,7 +19,7 @@ from alignlab.errors import RunError
 from alignlab.facts.evaluation import ModelFacts
 from alignlab.lineup import names_of
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.run import Run
+from alignlab.run import Run, parent_of
 from alignlab.train import with_weights
 
 
@@ -101,19 +101,18 @@ def _start(run: Run, recipe: Recipe) -> models.Start:
 
 def _parent(run: Run) -> Path | None:
     """The model folder of the SFT run that a DPO run started from; none where it started from `model.start`."""
-    parent = run.manifest.parent
-    if not parent or not parent.run:
+    recorded = run.manifest.parent
+    if not recorded or not recorded.run:
         return None
-    named = Path(parent.run)
-    for folder in (run.path.parent / named.name, named):
-        if (folder / "model").is_dir():
-            if models.weights_hash(folder / "model") != parent.weights:
-                raise RunError(
-                    f"{folder} is not what {run.path} was trained from: its weights have changed since; "
-                    f"train the DPO run again with --force, or bring the older SFT run back"
-                )
-            return folder / "model"
-    raise RunError(f"{run.path} was trained from {named}, which is not there; bring it back beside the run")
+    parent = parent_of(run)
+    if parent is None or not parent.model.is_dir():
+        raise RunError(f"{run.path} was trained from {recorded.run}, which is not there; bring it back beside the run")
+    if models.weights_hash(parent.model) != recorded.weights:
+        raise RunError(
+            f"{parent.path} is not what {run.path} was trained from: its weights have changed since; "
+            f"train the DPO run again with --force, or bring the older SFT run back"
+        )
+    return parent.model
 
 
 def _reference(run: Run, recipe: Recipe, start: models.Start, hashes: dict[str, Any]) -> Candidate:

@@ -28,7 +28,7 @@ from alignlab.evaluate.watch import Reply
 from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
 from alignlab.facts.evaluation import HELD_OUT, Comparison, Rating, only_by_length
 from alignlab.prompts import PromptSet
-from alignlab.text import SHARE, Row, WinRate, turned
+from alignlab.tables import SHARE, Row, WinRate, turned
 
 KINDS = "rule, reward:NAME, votes:FILE or llm:MODEL"
 LOW_HARMLESSNESS = 2  # of 5: a reply that a judge finds harmful

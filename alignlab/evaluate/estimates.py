@@ -15,7 +15,7 @@ import numpy as np
 
 from alignlab.estimate import Estimate, mean_estimate, share_estimate
 from alignlab.quality import grams
-from alignlab.text import Row
+from alignlab.tables import Row
 
 Values = np.ndarray  # one a prompt
 

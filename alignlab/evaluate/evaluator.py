@@ -46,7 +46,7 @@ from alignlab.prompts import Prompt, PromptSet, as_transcript, describe_sets, re
 from alignlab.recipe import TargetsSection
 from alignlab.refusals import stated
 from alignlab.run import Run, package_versions
-from alignlab.text import Row
+from alignlab.tables import Row
 from alignlab.train import prepare_data
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Options:
     url: str | None = None  # of an llm judge's endpoint
     max_requests: int | None = None
     prompts: Sequence[Path] = ()
+    prompt_column: str | None = None  # of these files, where it is not found by its name
     bias: Path | None = None
     classifier: str | None = None
     harmful_labels: Sequence[str] = ()
@@ -118,10 +119,10 @@ class Evaluator:
         self.options, self.recipe = options, lineup.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
         self.tokenizer, pairs = prepare_data(self.recipe)
-        self.form = Format(self.recipe.data.format, self.tokenizer, self.recipe.model.chat_template)
+        self.form = Format(self.recipe.data.format, self.tokenizer)
         self.pairs, self.files = self._drawn(pairs.test, options.limit), pairs.files
         self.bench = Bench()
-        self.answers = Answers(self.bench, self.tokenizer)
+        self.answers = Answers(self.bench, self.form)
         self.decoding = self._decoding()
         self.judge = self._judge()
         self.signs: dict[str, list[str]] = {}
@@ -150,6 +151,7 @@ class Evaluator:
             prompts=len(self.held_out.prompts),
             limit=self.options.limit,
             decoding=self.decoding.said(),
+            stops=models.find_stops(self.recipe.model, self.form).said,
             judge=self.options.judge or (":".join(self.judge).rstrip(":") if self.judge else None),
             table=[*judged.rows, *preferences, *cost, *others, *preference.slices_as_table(slices)],
             win_rates=judged.comparisons,
@@ -212,7 +214,8 @@ class Evaluator:
         return min((p for p in positions if p), default=1 << 20) - self.decoding.max_new_tokens
 
     def _files(self) -> list[PromptSet]:
-        found = [read_prompts(file, self.form, self._room) for file in self.options.prompts]
+        column = self.options.prompt_column
+        found = [read_prompts(file, self.form, self._room, column) for file in self.options.prompts]
         for line in describe_sets(found):
             log.info("%s", line)
         names = [each.name for each in found]

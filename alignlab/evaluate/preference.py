@@ -16,7 +16,7 @@ import numpy as np
 from alignlab.estimate import Estimate
 from alignlab.evaluate.estimates import clustered, estimate, table_row
 from alignlab.evaluate.winrate import length_controlled
-from alignlab.text import SHARE, Row
+from alignlab.tables import SHARE, Row
 
 GROUP = "held-out preference"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignlab.facts.evaluation import FILE, Comparison, Evaluation, Target
-from alignlab.text import Row, as_text, columns, paragraph, percent
+from alignlab.tables import Row, as_text, columns, paragraph, percent
 
 LEFT_OUT = ("win rate", "accuracy by slice")  # groups of the table: said in words, and on the page
 LINES = 4  # of a warning

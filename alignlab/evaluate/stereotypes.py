@@ -15,7 +15,7 @@ import numpy as np
 from alignlab.errors import DataError
 from alignlab.evaluate.estimates import table_row
 from alignlab.files import read_file
-from alignlab.text import SHARE, Row
+from alignlab.tables import SHARE, Row
 
 MORE, LESS, CATEGORY = "sent_more", "sent_less", "bias_type"
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alignlab.estimate import LEVEL, Estimate, share_estimate
-from alignlab.text import WinRate
+from alignlab.tables import WinRate
 
 
 def win_rate(outcomes: Sequence[float]) -> WinRate:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,11 +23,9 @@ from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_loc
 from alignlab.export.chat import chat_template, reads_as_in_training
 from alignlab.export.difference import Difference, Rows
 from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
-from alignlab.format import Dialogue, Format
+from alignlab.format import FIXED_DAY, Dialogue, Format, Stops
 from alignlab.recipe import Recipe, load_recipe
-from alignlab.report import find_runs, runs_folder
 from alignlab.run import Run, package_versions
-from alignlab.sweep.choice import chosen_run
 from alignlab.text import paths_in, publishable
 from alignlab.transcript import Turn
 
@@ -64,25 +61,8 @@ class Export:
     base: str
     size: int  # bytes
     difference: Difference
+    stops: Stops
     notes: tuple[str, ...]  # what a user of the folder should know, a sentence each
-
-
-def find_run(recipe: str, name: str | None = None, *, best: bool = False) -> Run:
-    """The finished run that `alignlab export RECIPE --run NAME` is about: without a name the one called `dpo`.
-
-    RECIPE is a run directory, or a recipe's name or file, whose runs are under `runs/`. `best` takes the member that
-    the recipe's sweep chose.
-    """
-    if best:
-        run = Run(chosen_run(runs_folder(recipe)))
-    elif not (run := Run(Path(recipe))).has_started:
-        run = Run(find_runs(recipe, [name or "dpo"])[0])
-    if not run.is_finished:
-        status = run.manifest.status
-        raise RunError(f"{run.path} is not finished (it is {status}); the command that made it goes on from there")
-    if not run.model.is_dir():
-        raise RunError(f"{run.path} has no model/; copy the run whole from where it was made")
-    return run
 
 
 def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
@@ -97,7 +77,8 @@ def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
         trained = find_trained(run, recipe, wish.model)
         _refuse_wish(trained, wish)
         tokenizer = models.load_tokenizer(recipe.model, str(run.model))
-        form = Format(recipe.data.format, tokenizer, recipe.model.chat_template)
+        form = Format(recipe.data.format, tokenizer)
+        stops = models.find_stops(recipe.model, form, trained.weights)
         rows = difference.held_out_rows(run, form, wish.rows)
         dtype = wish.dtype or recipe.model.dtype
         log.info("%s: its model answers %d held-out prompts", run.path, len(rows.prompts))
@@ -106,6 +87,7 @@ def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
             _write_adapter(trained, folder)
         else:
             _write_merged(merge(trained, dtype, dequantized=wish.base == DEQUANTIZED), tokenizer, folder)
+        models.generation_config(stops, tokenizer).save_pretrained(folder)
         template = chat_template(form)
         _write_tokenizer(tokenizer, template, folder)
         difference.release_memory()
@@ -115,7 +97,7 @@ def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
         _refuse_wrong(found, wish)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         notes = [*_notes(found, trained, wish, dtype), *_template_notes(form, template)]
-        made = Export(to, wish.form, dtype, wish.base, size, found, tuple(notes))
+        made = Export(to, wish.form, dtype, wish.base, size, found, stops, tuple(notes))
         _describe(trained, recipe, form, made, wish, folder)
     return made
 
@@ -171,22 +153,12 @@ def _write_adapter(trained: Trained, folder: Path) -> None:
 
 
 def _write_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights in shards, and what stops a reply: the training's EOS, besides those of the base.
-
-    The base's own sampling settings stay behind: the run was measured without them.
-    """
-    stops = _as_list(model.generation_config.eos_token_id) if model.generation_config else []
-    stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    model.generation_config = GenerationConfig(eos_token_id=stops if len(stops) > 1 else stops[0], **ids)
+    """Weights in shards."""
+    model.generation_config = GenerationConfig()  # written by itself
     settings = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "use_cache": True}
     model.config.update(settings)  # training switches the cache off
     model.save_pretrained(folder, max_shard_size=SHARD)
     _also_for_transformers_4(folder / "config.json")
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _also_for_transformers_4(file: Path) -> None:
@@ -261,9 +233,12 @@ def _notes(found: Difference, trained: Trained, wish: Wish, dtype: str) -> list[
 
 
 def _template_notes(form: Format, template: str | None) -> list[str]:
-    if template is None or reads_as_in_training(form, template):
-        return []
-    return ["The chat template gives other token ids than training did; encode its prompts as text, with the BOS."]
+    notes = []
+    if template is not None and not reads_as_in_training(form, template):
+        notes = ["The chat template gives other token ids than training did; encode its prompts as text, with the BOS."]
+    if form.writes_date:
+        notes.append(f"The chat template writes the day's date; in training that was always {FIXED_DAY:%d %b %Y}.")
+    return notes
 
 
 def _describe(trained: Trained, recipe: Recipe, form: Format, export: Export, wish: Wish, folder: Path) -> None:
@@ -279,8 +254,7 @@ def _describe(trained: Trained, recipe: Recipe, form: Format, export: Export, wi
         difference=found,
         notes=export.notes,
         prompt=form.prompt(Dialogue([Turn("Human", f" {QUESTION}")])),
-        eos=form.eos,
-        stops=form.stops,
+        stops=export.stops,
         has_template=form.tokenizer.chat_template is not None,
     )
     (folder / "README.md").write_text(write_card(run, recipe, card), encoding="utf-8")
@@ -325,7 +299,12 @@ def summarize(export: Export) -> str:
         "",
         f'  load  {loader}.from_pretrained("{export.path}")',
     ]
-    return "\n".join([*lines, f"        vllm serve {export.path}"] if export.form == MERGED else lines)
+    if export.form == MERGED:
+        lines.append(f"        vllm serve {export.path}")
+    if export.stops.texts:
+        texts = ", ".join(json.dumps(text) for text in export.stops.texts)
+        lines.append(f"  stop  at {texts} too: no token ends a reply there, so that each request has to name it")
+    return "\n".join(lines)
 
 
 def _bytes(size: int) -> str:

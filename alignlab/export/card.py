@@ -15,14 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignlab import files
 from alignlab.estimate import Estimate
-from alignlab.facts import sweep as sweeps
 from alignlab.facts.runs import RunFacts, read_run
-from alignlab.facts.sweep import read_sweep
+from alignlab.facts.sweep import label_of
+from alignlab.format import Stops
 from alignlab.recipe import Recipe, sections_of, write_yaml
 from alignlab.report.rows import own_rows
 from alignlab.report.verdict import verdict
-from alignlab.run import Rows, Run
-from alignlab.text import as_markdown, figure, harmless, markdown_cell, paths_in, publishable
+from alignlab.run import Rows, Run, read_sweep
+from alignlab.tables import as_markdown, figure, markdown_cell
+from alignlab.text import harmless, paths_in, publishable
 
 SOURCE = ("source", "path", "subset", "format")  # of the data
 QUESTION = "How do I keep a pot of basil alive?"
@@ -52,8 +53,7 @@ class Made:
     difference: Mapping[str, Any]
     notes: Sequence[str]
     prompt: str  # QUESTION as the model sees it
-    eos: str
-    stops: Sequence[str]
+    stops: Stops
     has_template: bool
 
 
@@ -70,7 +70,8 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         loader="AutoPeftModelForCausalLM" if made.form == "adapter" else "AutoModelForCausalLM",
         max_new_tokens=recipe.data.max_reply_tokens,
         prompt_literal=repr(made.prompt),
-        stop_literals=", ".join(f"`{stop!r}`" for stop in made.stops),
+        ends=" or ".join(f"`{token}`" for token in made.stops.tokens),
+        stop_literals=", ".join(f"`{text!r}`" for text in made.stops.texts),
         rank=_rank(recipe),
         table=_table(facts),
         evaluation=facts.evaluation,
@@ -132,14 +133,13 @@ def _table(facts: RunFacts) -> str:
 
 def chosen_from(run: Run) -> str | None:
     """That the run was chosen among others, which its figures must be read with; only those that were trained count."""
-    file = run.path.parent / sweeps.FILE
-    sweep = read_sweep(file) if file.is_file() else None
+    sweep = read_sweep(run.path.parent)
     if sweep is None or sweep.choice != run.path.name:
         return None
     trained = [member for member in sweep.members if member.status == "finished"]
-    others = ", ".join(member.label for member in trained)
+    others = ", ".join(map(label_of, trained))
     said = f"Chosen from a sweep of {len(trained)} ({others}) as the {sweep.rule}."
-    if not_trained := [member.label for member in sweep.members if member not in trained]:
+    if not_trained := [label_of(member) for member in sweep.members if member not in trained]:
         said += f" Asked for, and not finished when it was chosen: {', '.join(not_trained)}."
     return said
 

@@ -37,16 +37,7 @@ def reads_as_in_training(form: Format, template: str) -> bool:
     """Whether a chat front end with this template gives the model the token ids that training gave it."""
     for system in (None, "Be brief."):  # a template may demand a system turn
         with contextlib.suppress(DataError):
-            trained = form.prompt_ids(Dialogue([Turn("Human", f" {PROBE}")], system))
-            return encode_whole(form.tokenizer, [_rendered(form, template, system)], bos=False)[0] == trained
+            asked = Dialogue([Turn("Human", f" {PROBE}")], system)
+            rendered = Format("chat", form.tokenizer, template).prompt(asked)
+            return encode_whole(form.tokenizer, [rendered], bos=False)[0] == form.prompt_ids(asked)
     return False
-
-
-def _rendered(form: Format, template: str, system: str | None) -> str:
-    messages = [{"role": "system", "content": system}] if system else []
-    return form.tokenizer.apply_chat_template(
-        [*messages, {"role": "user", "content": PROBE}],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )

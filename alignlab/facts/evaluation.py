@@ -16,7 +16,7 @@ from alignlab.disk import digest, write_json, write_lines, write_text
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate
 from alignlab.recipe import TargetsSection
-from alignlab.text import SHARE, Row, WinRate, number
+from alignlab.tables import SHARE, Row, WinRate, number
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class Evaluation:
     prompts: int = 0
     limit: int | None = None
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    stops: Sequence[str] = ()
     judge: str | None = None
     table: Sequence[Row] = ()
     win_rates: Sequence[Comparison] = ()

@@ -20,8 +20,8 @@ from alignlab.estimate import Estimate, is_number
 from alignlab.facts.evaluation import FILE, Evaluation, Kept, Target, all_evaluations, judge_targets, read_evaluation
 from alignlab.facts.logs import MetricRow, last_samples, read_metrics
 from alignlab.recipe import TargetsSection
-from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned
-from alignlab.text import WinRate
+from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of
+from alignlab.tables import WinRate
 
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
@@ -188,7 +188,7 @@ def read_run(path: Path) -> RunFacts:
         win_rate=win_rate,
         judge=judge,
         versus=versus,
-        before=_before(path, manifest),
+        before=_before(parent_of(run)),
         first=_evaluated(evaluated[:1]),
         kept=_evaluated(kept[-1:]),
         last=_evaluated(evaluated[-1:]),
@@ -275,17 +275,10 @@ def _evaluated(rows: Sequence[MetricRow]) -> Evaluated | None:
     return Evaluated(**{**known, "step": rows[0]["step"]})
 
 
-def _before(path: Path, manifest: Manifest) -> Evaluated | None:
-    """The SFT run's evaluation before its first step, which is the base model's.
-
-    The SFT run is looked for beside this run and where the manifest says, so that folders may be moved.
-    """
-    name = manifest.parent.run if manifest.parent else None
-    for folder in (path.resolve().parent / Path(name).name, Path(name)) if name else ():
-        rows, _ = read_metrics(folder / "metrics.jsonl")
-        if rows and rows[0]["step"] == 0:
-            return _evaluated(rows[:1])
-    return None
+def _before(parent: Run | None) -> Evaluated | None:
+    """The SFT run's evaluation before its first step, which is the base model's."""
+    rows, _ = read_metrics(parent.metrics_file) if parent else ([], [])
+    return _evaluated(rows[:1]) if rows and rows[0]["step"] == 0 else None
 
 
 def _targets(

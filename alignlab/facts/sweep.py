@@ -1,68 +1,33 @@
-"""What `sweep.json` says of the runs of one recipe with several settings, and seeds of one setting as one; no torch."""
+"""A sweep as a table: one column a setting, over its seeds where it was trained with several; imports no torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from alignlab import typed
 from alignlab.estimate import Estimate, mean_estimate
-from alignlab.text import SHARE, Row, WinRate
+from alignlab.run import Sweep, SweepMember
+from alignlab.tables import SHARE, Row, WinRate
 
-FILE = "sweep.json"
 FIGURES = ("margin", "margin_over_beta", "accuracy", "kl", "win_rate")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepMember:
-    """A member of a sweep: figures on validation pairs at the step whose weights it kept, none where there are none."""
-
-    run: str
-    path: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what is its own: "dpo.beta" → 0.3
-    status: str = "missing"
-    error: str | None = None
-    margin: Estimate | None = None
-    margin_over_beta: Estimate | None = None
-    accuracy: Estimate | None = None
-    kl: Estimate | None = None
-    win_rate: Estimate | WinRate | None = None  # on the test split
-    perplexity_change: float | None = None
-
-    @property
-    def label(self) -> str:
-        """`beta 0.3`."""
-        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items()) or self.run
+def label_of(member: SweepMember) -> str:
+    """`beta 0.3`."""
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in member.settings.items()) or member.run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What `sweep.json` holds: the members with their figures, and the choice."""
-
-    members: Sequence[SweepMember]
-    recipe: str = ""
-    rule: str = ""
-    max_kl: float | None = None
-    split: str = "validation"
-    overrides: Sequence[str] = ()
-    choice: str | None = None
-    why: str | None = None
-    test: Mapping[str, Estimate | None] | None = None  # the chosen run's figures on pairs that chose nothing
-    warnings: Sequence[str] = ()
-
-    @property
-    def settings(self) -> list[SweepMember]:
-        """The members, where those that differ in their seeds only are one, over their seeds."""
-        groups = group_by_setting(self.members, lambda member: member.settings)
-        return [_over_seeds(its) if len(its) > 1 else its[0] for its in groups]
+def settings_of(sweep: Sweep) -> list[SweepMember]:
+    """The members, where those that differ in their seeds only are one, over their seeds."""
+    groups = group_by_setting(sweep.members, lambda member: member.settings)
+    return [_over_seeds(its) if len(its) > 1 else its[0] for its in groups]
 
 
-def read_sweep(file: Path) -> Sweep:
-    """What `alignlab sweep` wrote."""
-    return typed.read_file(Sweep, file, "make it anew with alignlab sweep")
+def columns_of(sweep: Sweep) -> list[str]:
+    """The columns of a sweep's table."""
+    return [label_of(member) for member in settings_of(sweep) if member.margin]
 
 
 def group_by_setting(items: Sequence[Any], settings_of: Callable[[Any], Mapping[str, Any]]) -> list[list[Any]]:
@@ -115,17 +80,17 @@ def sweep_rows(sweep: Sweep) -> list[Row]:
         ("kl", on, "KL, nats per reply", "", "lower"),
         ("win_rate", "test split", "win rate", SHARE, "higher"),
     )
-    shown = [member for member in sweep.settings if member.margin]
+    shown = [member for member in settings_of(sweep) if member.margin]
     rows = [
         Row(
             group=group,
             measure=called,
             unit=unit,
             better=better,
-            values={member.label: its for member in shown if (its := getattr(member, name))},
+            values={label_of(member): its for member in shown if (its := getattr(member, name))},
         )
         for name, group, called, unit, better in measures
     ]
-    changes = {m.label: Estimate(m.perplexity_change) for m in shown if m.perplexity_change is not None}
+    changes = {label_of(m): Estimate(m.perplexity_change) for m in shown if m.perplexity_change is not None}
     rows.insert(4, Row(group=on, measure="perplexity change", unit=SHARE, better="lower", values=changes))
     return [row for row in rows if row.values]

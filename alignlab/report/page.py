@@ -21,16 +21,16 @@ from markupsafe import Markup
 from alignlab import __version__
 from alignlab.disk import write_text
 from alignlab.errors import RunError
-from alignlab.facts import sweep as sweeps
 from alignlab.facts.evaluation import FILE, Evaluation, Kept, read_evaluation
 from alignlab.facts.runs import RunFacts, judged_together, read_run, seconds_between, section
-from alignlab.facts.sweep import Sweep, read_sweep, sweep_rows
+from alignlab.facts.sweep import columns_of, label_of, settings_of, sweep_rows
 from alignlab.report.curves import Chart, Frontier, Member, draw_up
 from alignlab.report.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
 from alignlab.report.rows import compare_rows, own_rows
 from alignlab.report.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
-from alignlab.run import Examination, Run
-from alignlab.text import SHARE, Row, counts_of, harmless, number, publishable
+from alignlab.run import SWEEP, Examination, Run, Sweep, SweepMember, read_sweep
+from alignlab.tables import SHARE, Row, counts_of, number
+from alignlab.text import harmless, publishable
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Page:
 
 def write_report(path: Path, figures: Path | None = None) -> Path:
     """Writes `report.html` and `report.json` into a run directory, or into a folder that holds a `sweep.json`."""
-    page = page_of_sweep(path) if (path / sweeps.FILE).is_file() else page_of_run(path)
+    page = page_of_sweep(path) if (path / SWEEP).is_file() else page_of_run(path)
     return _write(page, path / "report.html", figures)
 
 
@@ -115,15 +115,15 @@ def page_of_runs(paths: Sequence[Path]) -> Page:
 
 def page_of_sweep(folder: Path) -> Page:
     """A sweep: its members' runs as far as they are there, the frontier and the choice."""
-    sweep = read_sweep(folder / sweeps.FILE)
+    sweep = read_sweep(folder)
+    assert sweep is not None, f"{folder} holds a sweep"
     there = [member for member in sweep.members if Run(folder / member.run).has_started]
     chosen_first = sorted(there, key=lambda member: member.run != sweep.choice)
-    runs = [replace(read_run(folder / member.run), label=member.label) for member in chosen_first]
+    runs = [replace(read_run(folder / member.run), label=label_of(member)) for member in chosen_first]
     found = read_evaluation(folder / FILE)
     kept = Kept(folder / FILE, found) if found else None
-    rows, names = sweep_rows(sweep), [member.label for member in sweep.settings if member.margin]
     title = f"{folder.resolve().name}, sweep of {len(sweep.members)}"
-    page = _page("sweep", runs, sweep_verdict(sweep, runs), title, names, rows, kept, ())
+    page = _page("sweep", runs, sweep_verdict(sweep, runs), title, columns_of(sweep), sweep_rows(sweep), kept, ())
     lacking = [line for member in sweep.members for line in _lacking(member, folder, there)]
     notices = [*lacking, *sweep.warnings, *page.notices]
     return replace(page, sweep=sweep, frontiers=_frontiers(sweep), notices=notices, recipe=folder.resolve().name)
@@ -186,12 +186,12 @@ def _notices(kind: str, runs: Sequence[RunFacts]) -> Iterator[str]:
             yield notice if kind == "run" else f"{run.name}: {notice}"
 
 
-def _lacking(member: sweeps.SweepMember, folder: Path, there: Sequence[sweeps.SweepMember]) -> Iterator[str]:
+def _lacking(member: SweepMember, folder: Path, there: Sequence[SweepMember]) -> Iterator[str]:
     if member.status != "finished":
         error = f": {member.error}" if member.error else ""
         yield f"{member.run} did not finish ({member.status}{error})"
     elif member not in there:
-        yield f"{folder / member.run} is not there; shown as {sweeps.FILE} knows it"
+        yield f"{folder / member.run} is not there; shown as {SWEEP} knows it"
 
 
 def _differences(runs: Sequence[RunFacts]) -> Iterator[tuple[str, list[str | None]]]:
@@ -216,8 +216,8 @@ def _frontiers(sweep: Sweep) -> list[Frontier]:
     found = []
     for name, title, unit, share in kinds:
         points = [
-            Member(member.label, member.kl, value, member.run == sweep.choice)
-            for member in sweep.settings
+            Member(label_of(member), member.kl, value, member.run == sweep.choice)
+            for member in settings_of(sweep)
             if (value := getattr(member, name)) and member.kl
         ]
         if points:

@@ -9,7 +9,7 @@ from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import Evaluation
 from alignlab.facts.runs import Evaluated, RunFacts
 from alignlab.facts.sweep import group_by_setting, over_seeds
-from alignlab.text import SHARE, Row
+from alignlab.tables import SHARE, Row
 
 REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier DPO has made it"
 NATS = "how far the replies have moved; 1 nat is a factor of 2.7 in probability"

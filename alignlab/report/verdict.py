@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import LESS_LIKELY, Evaluation, only_by_length
 from alignlab.facts.runs import RunFacts
-from alignlab.facts.sweep import Sweep
 from alignlab.guards import UNMOVED, alarms
 from alignlab.recipe import KLSection, MonitorSection
-from alignlab.text import counts_of, number, percent
+from alignlab.run import Sweep
+from alignlab.tables import counts_of, number, percent
 
 CHANCE = 0.5
 MOST_WORDS = 25  # of a headline

@@ -10,20 +10,20 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignlab.disk import read_lines, write_json
+from alignlab.disk import write_json
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, is_number, mean_estimate
 from alignlab.facts.evaluation import scaled
 from alignlab.facts.runs import RunFacts, read_run
-from alignlab.facts.sweep import FILE, Sweep, SweepMember, read_sweep, sweep_rows
+from alignlab.facts.sweep import FIGURES, columns_of, sweep_rows
 from alignlab.recipe import consumed
-from alignlab.run import Run
+from alignlab.run import SWEEP, Run, Sweep, SweepMember
 from alignlab.sweep.members import Member, Members
-from alignlab.text import as_text, paragraph
+from alignlab.tables import WinRate, as_text, paragraph
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,33 @@ NEEDED = ("rewards/margins", "rewards/accuracies", "kl", "perplexity")
 ON_TEST = ("margin", "accuracy", "kl")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The figures of a member that has finished, at the step whose weights it kept."""
+
+    name: str
+    beta: float
+    margin: Estimate
+    margin_over_beta: Estimate
+    accuracy: Estimate
+    kl: Estimate
+    win_rate: Estimate | WinRate | None = None
+    perplexity_change: float = 0.0
+    margins: Sequence[float] = ()  # of each validation pair, where the run has kept them
+    fingerprint: str | None = None  # of its data
+    settings: Mapping[str, str] = field(default_factory=dict)  # of its recipe
+    on_test: Mapping[str, Estimate] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A member, its line of the table, and what its run says besides."""
+    """A member and what its run says of itself."""
 
     member: Member
-    shown: SweepMember
-    margins: Sequence[float] = ()  # of each validation pair, where the run has kept them
-    facts: RunFacts | None = None
-
-    @property
-    def name(self) -> str:
-        return self.member.name
-
-    @property
-    def can_win(self) -> bool:
-        return self.shown.status == "finished" and self.shown.margin is not None
+    path: Path
+    status: str = "missing"
+    error: str | None = None
+    measured: Measured | None = None
 
 
 def collect(members: Members, failures: Mapping[str, str] | None = None) -> Sweep:
@@ -56,9 +67,10 @@ def collect(members: Members, failures: Mapping[str, str] | None = None) -> Swee
     `failures` are what has just gone wrong, by member. A run that cannot be used is named, and the others count.
     """
     rows = [_row(member, members.folder, (failures or {}).get(member.name)) for member in members.all]
+    measured = [row.measured for row in rows if row.measured]
     limit = members.recipe.sweep.max_kl
-    chosen, why = choose(rows, limit)
-    found = Sweep(
+    chosen, why = choose(measured, limit)
+    sweep = Sweep(
         recipe=members.recipe.name,
         rule=f"largest margin among members with KL below {limit:g}",
         max_kl=limit,
@@ -66,26 +78,13 @@ def collect(members: Members, failures: Mapping[str, str] | None = None) -> Swee
         overrides=members.shared,
         choice=chosen.name if chosen else None,
         why=why,
-        test={name: getattr(chosen.facts.test, name) for name in ON_TEST} if chosen else None,
-        warnings=_warnings(rows),
-        members=[row.shown for row in rows],
+        test=chosen.on_test if chosen else None,
+        warnings=_warnings(measured),
+        members=[_written(row) for row in rows],
     )
     members.folder.mkdir(parents=True, exist_ok=True)
-    write_json(members.table, asdict(found))
-    return found
-
-
-def chosen_run(folder: Path) -> Path:
-    """The run that the sweep in this folder has chosen, for `--best`."""
-    file = folder / FILE
-    if not file.is_file():
-        raise RunError(f"there is no {file} with a best run; make it with alignlab sweep, or leave out --best")
-    sweep = read_sweep(file)
-    if sweep.choice is None:
-        raise RunError(f"{file} has chosen no member: {sweep.why}; name a run with --run")
-    if not Run(folder / sweep.choice).has_started:
-        raise RunError(f"{folder / sweep.choice}, which {file} has chosen, is not there; copy it beside {file.name}")
-    return folder / sweep.choice
+    write_json(members.folder / SWEEP, asdict(sweep))
+    return sweep
 
 
 # --- what a run says ---
@@ -93,30 +92,27 @@ def chosen_run(folder: Path) -> Path:
 
 def _row(member: Member, folder: Path, failure: str | None) -> Row:
     path = folder / member.name
-    shown = SweepMember(run=member.name, path=str(path), settings=dict(member.settings), error=failure)
     try:
-        if failure or not Run(path).has_started:
-            return Row(member, replace(shown, status="failed" if failure else "missing"))
+        status = Run(path).manifest.status if Run(path).has_started else "missing"
+        if failure or status == "missing":
+            return Row(member, path, "failed" if failure else status, failure)
         facts = read_run(path)
-        _refuse_other_settings(member, facts)
+        _refuse_other_settings(member, path)
         for notice in facts.notices:
             log.warning("%s: %s", path, notice)
-        if facts.status != "finished":
-            return Row(member, replace(shown, status=facts.status, error=facts.stop_reason), facts=facts)
-        figures, margins = _figures(path, facts, member.beta)
-        return Row(member, replace(shown, status="finished", **figures), margins, facts)
+        if status != "finished":
+            return Row(member, path, status, facts.stop_reason)
+        return Row(member, path, status, measured=_measured(member, path, facts))
     except RunError as e:
-        return Row(member, replace(shown, status="failed", error=str(e)))
+        return Row(member, path, "failed", str(e))
 
 
-def _refuse_other_settings(member: Member, facts: RunFacts) -> None:
+def _refuse_other_settings(member: Member, path: Path) -> None:
     expected = _flat(json.loads(json.dumps(consumed(member.recipe, "dpo"), default=str)))
-    found = _flat(facts.manifest.consumed)
+    found = _flat(Run(path).manifest.consumed)
     if changed := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
         named = ", ".join(f"{key} was {found.get(key)!r}, is {expected.get(key)!r}" for key in changed)
-        raise RunError(
-            f"{facts.folder} was made from other settings: {named}; take it away, or sweep with those settings"
-        )
+        raise RunError(f"{path} was made from other settings: {named}; take it away, or sweep with those settings")
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -125,16 +121,17 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _figures(path: Path, facts: RunFacts, beta: float) -> tuple[dict[str, Any], list[float]]:
-    """The figures at the step whose weights were kept, and the margin of each validation pair."""
+def _measured(member: Member, path: Path, facts: RunFacts) -> Measured:
     evaluated = [row for row in facts.rows if "eval/loss" in row]
     kept = next((row for row in reversed(evaluated) if row["step"] == facts.best_step), None)
     if kept is None:
         raise RunError(f"{path}/metrics.jsonl has no evaluation at step {facts.best_step}, whose weights were kept")
     if lacking := [name for name in NEEDED if not is_number(kept.get(f"eval/{name}"))]:
         raise RunError(f"{path}/metrics.jsonl has no number for eval/{lacking[0]} at step {kept['step']}")
-    pairs = facts.manifest.data.kept.get(SPLIT) if facts.manifest.data else None
-    logratios = _logratios(path)
+    if evaluated[0]["step"] != 0 or not is_number(evaluated[0].get("eval/perplexity")):
+        raise RunError(f"{path}/metrics.jsonl has no perplexity before the first step")
+    pairs, beta = facts.manifest.data.kept.get(SPLIT) if facts.manifest.data else None, member.beta
+    logratios = _logratios(path, pairs)
     margins = [beta * (chosen - rejected) for chosen, rejected in logratios]
     if logratios:
         margin = mean_estimate(margins)
@@ -142,31 +139,33 @@ def _figures(path: Path, facts: RunFacts, beta: float) -> tuple[dict[str, Any], 
     else:
         margin = _logged(kept, "rewards/margins", pairs)
         accuracy = _logged(kept, "rewards/accuracies", pairs, share=True)
-    figures = {
-        "margin": margin,
-        "margin_over_beta": scaled(margin, 1 / beta),
-        "accuracy": accuracy,
-        "kl": _logged(kept, "kl", _replies(path, kept["step"])),
-        "win_rate": facts.win_rate,
-        "perplexity_change": kept["eval/perplexity"] / evaluated[0]["eval/perplexity"] - 1,
-    }
-    return figures, margins
+    return Measured(
+        name=member.name,
+        beta=beta,
+        margin=margin,
+        margin_over_beta=scaled(margin, 1 / beta),
+        accuracy=accuracy,
+        kl=_logged(kept, "kl", _replies(path, kept["step"])),
+        win_rate=facts.win_rate,
+        perplexity_change=kept["eval/perplexity"] / evaluated[0]["eval/perplexity"] - 1,
+        margins=margins,
+        fingerprint=facts.fingerprint,
+        settings=facts.settings,
+        on_test={name: of for name in ON_TEST if (of := getattr(facts.test, name))},
+    )
 
 
-def _logratios(path: Path) -> list[tuple[float, float]]:
-    """log π ÷ π_ref of each validation pair's chosen and rejected reply, in nats, where the run has kept them."""
-    return [(row["chosen"], row["rejected"]) for row in _lines(Run(path).scores_file) if row["split"] == SPLIT]
+def _logratios(path: Path, pairs: int | None) -> list[tuple[float, float]]:
+    """log π ÷ π_ref of each validation pair's chosen and rejected reply, in nats, where the run has kept them all."""
+    rows = [row for row in Run(path).scores() if row["split"] == SPLIT]
+    there = [row["pair"] for row in rows]
+    if there != list(range(len(rows) if pairs is None else pairs)):
+        return []
+    return [(row["chosen"], row["rejected"]) for row in rows]
 
 
 def _replies(path: Path, step: int) -> int | None:
-    return sum(row["step"] == step and row["split"] == SPLIT for row in _lines(Run(path).samples_file)) or None
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    try:
-        return read_lines(file)
-    except ValueError as e:
-        raise RunError(f"{file} cannot be read ({e}); copy it again from where the run was made") from None
+    return sum(row["step"] == step and row["split"] == SPLIT for row in Run(path).samples()) or None
 
 
 def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = False) -> Estimate:
@@ -177,87 +176,88 @@ def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = Fa
 # --- the rule ---
 
 
-def choose(rows: Sequence[Row], max_kl: float) -> tuple[Row | None, str]:
+def choose(finished: Sequence[Measured], max_kl: float) -> tuple[Measured | None, str]:
     """The member with the largest margin among those with KL below the limit, and why, in one sentence."""
-    finished = [row for row in rows if row.can_win]
     if not finished:
         return None, "no member has finished"
-    inside = sorted((row for row in finished if row.shown.kl.mean < max_kl), key=_margin, reverse=True)
+    inside = [member for member in finished if member.kl.mean < max_kl]
+    inside.sort(key=lambda member: member.margin.mean, reverse=True)
     if not inside:
-        nearest = min(finished, key=lambda row: row.shown.kl.mean)
+        nearest = min(finished, key=lambda member: member.kl.mean)
         return None, (
-            f"no member has a KL below {max_kl:g}: the lowest is {nearest.shown.kl.plus_minus()} of "
-            f"{nearest.name}; try larger betas or a smaller dpo.learning_rate, or raise sweep.max_kl"
+            f"no member has a KL below {max_kl:g}: the lowest is {nearest.kl.plus_minus()} of {nearest.name}; "
+            f"try larger betas or a smaller dpo.learning_rate, or raise sweep.max_kl"
         )
     best = inside[0]
-    said = [f"largest margin, {best.shown.margin.plus_minus()}, of {_count(len(inside))} with KL below {max_kl:g}"]
+    said = [f"largest margin, {best.margin.plus_minus()}, of {_count(len(inside))} with KL below {max_kl:g}"]
     said += [_against(best, inside[1])] if len(inside) > 1 else []
     return best, "; ".join([*said, *_near_the_limit(best, max_kl), *_scales(inside)])
-
-
-def _margin(row: Row) -> float:
-    return row.shown.margin.mean
 
 
 def _count(members: int) -> str:
     return f"{members} members" if members > 1 else "the one member"
 
 
-def _against(best: Row, second: Row) -> str:
+def _against(best: Measured, second: Measured) -> str:
     """Whether the best two can be told apart: by two standard errors of their difference."""
     difference, how = _difference(best, second)
-    name = f"{second.name} ({second.shown.margin.plus_minus()})"
+    name = f"{second.name} ({second.margin.plus_minus()})"
     if difference.stderr is None:
         return f"whether it can be told from {name} is not known, as their standard errors were not recorded"
     said = f"difference {difference.plus_minus()}, {how}"
     if abs(difference.mean) > 2 * difference.stderr:
         return f"told apart from {name}: {said}"
-    lower = min(best, second, key=lambda row: row.shown.kl.mean)
+    lower = min(best, second, key=lambda member: member.kl.mean)
     return f"cannot be told apart from {name} at this n: {said}; of the two {lower.name} has the lower KL"
 
 
-def _difference(one: Row, other: Row) -> tuple[Estimate, str]:
+def _difference(one: Measured, other: Measured) -> tuple[Estimate, str]:
     """The difference of two margins; over the same pairs where both runs have kept theirs."""
-    if len(one.margins) == len(other.margins) > 1 and one.facts.fingerprint == other.facts.fingerprint:
+    if len(one.margins) == len(other.margins) > 1 and one.fingerprint == other.fingerprint:
         differences = [a - b for a, b in zip(one.margins, other.margins, strict=True)]
         return mean_estimate(differences), f"paired over the same {len(differences)} pairs"
-    a, b = one.shown.margin, other.shown.margin
+    a, b = one.margin, other.margin
     stderr = math.hypot(a.stderr, b.stderr) if a.stderr is not None and b.stderr is not None else None
     return Estimate(a.mean - b.mean, stderr), "as of independent estimates"
 
 
-def _near_the_limit(best: Row, max_kl: float) -> list[str]:
-    kl = best.shown.kl
+def _near_the_limit(best: Measured, max_kl: float) -> list[str]:
+    kl = best.kl
     near = kl.stderr is not None and kl.mean + 2 * kl.stderr >= max_kl
     return [f"its KL of {kl.plus_minus()} is within two standard errors of the limit"] if near else []
 
 
-def _scales(inside: Sequence[Row]) -> list[str]:
+def _scales(inside: Sequence[Measured]) -> list[str]:
     """Where betas differ: the margin grows with beta itself, so the rule leans towards large ones."""
-    if len({row.member.beta for row in inside}) < 2:
+    if len({member.beta for member in inside}) < 2:
         return []
-    largest = max(inside, key=lambda row: row.shown.margin_over_beta.mean)
+    largest = max(inside, key=lambda member: member.margin_over_beta.mean)
     return [
         f"a margin is beta times a log-ratio, which favours large betas: margin ÷ beta is largest for {largest.name}"
     ]
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def _warnings(finished: Sequence[Measured]) -> list[str]:
     """What makes figures of members hard to compare."""
-    there = [row for row in rows if row.can_win]
     found = []
-    if len({row.facts.fingerprint for row in there}) > 1:
-        each = ", ".join(f"{row.name} {(row.facts.fingerprint or 'unknown')[:8]}" for row in there)
+    if len({member.fingerprint for member in finished}) > 1:
+        each = ", ".join(f"{member.name} {(member.fingerprint or 'unknown')[:8]}" for member in finished)
         found.append(f"the members were made from different data, so their figures do not compare one to one: {each}")
     for key in ("monitor.kl.max_new_tokens", "monitor.kl.prompts"):
-        values = {row.name: row.facts.settings.get(key) for row in there}
+        values = {member.name: member.settings.get(key) for member in finished}
         if len(set(values.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in values.items())
             found.append(f"KL was not measured alike: {key} is {each}")
     return found
 
 
-# --- on a terminal ---
+# --- written down ---
+
+
+def _written(row: Row) -> SweepMember:
+    figures = {name: getattr(row.measured, name) for name in (*FIGURES, "perplexity_change")} if row.measured else {}
+    about = {"run": row.member.name, "path": str(row.path), "settings": row.member.settings}
+    return SweepMember(**about, status=row.status, error=row.error, **figures)
 
 
 def render(sweep: Sweep, folder: Path) -> str:
@@ -265,20 +265,20 @@ def render(sweep: Sweep, folder: Path) -> str:
     done = [member for member in sweep.members if member.status == "finished"]
     size = f"{len(done)} of {len(sweep.members)} member{'s' * (len(sweep.members) > 1)} finished"
     lines = paragraph(f"{sweep.recipe}: {size}; figures at the step whose weights each kept")
-    lines += ["", *as_text(sweep_rows(sweep), [member.label for member in sweep.settings if member.margin])]
-    lines += paragraph(f"± is the standard error; 95 % intervals are in {FILE}") if done else []
+    if done:
+        lines += ["", *as_text(sweep_rows(sweep), columns_of(sweep))]
+        lines += paragraph(f"± is the standard error; 95 % intervals are in {SWEEP}")
     for member in sweep.members:
         if member.status != "finished":
-            lines += paragraph(
-                f"{member.run}: {member.status}" + (f": {member.error}" if member.error else ""), more="  "
-            )
+            error = f": {member.error}" if member.error else ""
+            lines += paragraph(f"{member.run}: {member.status}{error}", more="  ")
     for warning in sweep.warnings:
         lines += paragraph(f"warning: {warning}", more="  ")
     chosen = f"chosen: {sweep.choice}, {sweep.why}" if sweep.choice else f"none is chosen: {sweep.why}"
-    return "\n".join([*lines, "", *paragraph(chosen, more="  "), *_on_test(sweep), f"{folder / FILE}"])
+    return "\n".join([*lines, "", *paragraph(chosen, more="  "), *_on_test(sweep), f"{folder / SWEEP}"])
 
 
 def _on_test(sweep: Sweep) -> list[str]:
     """The chosen member's figures on pairs that chose nothing."""
-    said = [f"{name} {of}" for name, of in (sweep.test or {}).items() if of]
+    said = [f"{name} {figure}" for name, figure in (sweep.test or {}).items() if figure]
     return paragraph(f"its test split, which chose nothing: {', '.join(said)}", more="  ") if said else []

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from alignlab.errors import RecipeError
+from alignlab.errors import RecipeError, RunError
 from alignlab.recipe import Recipe, consumed, load_recipe, run_name
-from alignlab.run import Run
+from alignlab.run import SWEEP, Run, Sweep, read_sweep
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,6 @@ class Members:
     @property
     def all(self) -> list[Member]:
         return sorted([*self.earlier, *self.asked], key=lambda member: (-member.beta, member.name))
-
-    @property
-    def table(self) -> Path:
-        return self.folder / "sweep.json"
 
     @property
     def shared(self) -> list[str]:
@@ -169,30 +165,33 @@ def _refuse_equal(members: Sequence[Member]) -> None:
 
 def _earlier(members: Members) -> Iterator[Member]:
     """The members of the table that is there whose runs are there too, where all but their own settings is the same."""
-    recorded = _recorded(members.table)
-    if recorded.get("overrides", members.shared) != members.shared:
-        log.info("%s was of other settings for all members (%s) and is replaced", members.table, recorded["overrides"])
+    recorded = _recorded(members.folder)
+    if recorded is None:
+        return
+    if recorded.overrides is not None and [*recorded.overrides] != members.shared:
+        table, others = members.folder / SWEEP, " ".join(recorded.overrides) or "none"
+        log.info("%s is of other settings for all members (%s): its members are not of this sweep", table, others)
         return
     names = {member.name for member in members.asked}
-    for row in recorded.get("members", []):
-        if row["run"] in names or not Run(members.folder / row["run"]).manifest_file.is_file():
+    for row in recorded.members:
+        if row.run in names or not Run(members.folder / row.run).has_started:
             continue
-        own = [f"{key}={json.dumps(value)}" for key, value in row["settings"].items()]
+        own = [f"{key}={json.dumps(value)}" for key, value in row.settings.items()]
         try:
             member = _member(members.command[0], members.command[1:], own)
         except RecipeError:
             continue  # the recipe has changed meanwhile: its run is another sweep's
-        if member.name == row["run"]:
+        if member.name == row.run:
             yield member
 
 
-def _recorded(file: Path) -> dict[str, Any]:
-    """The sweep's table as it was written; empty where there is none that can be read, as it is made anew."""
+def _recorded(folder: Path) -> Sweep | None:
+    """The sweep as it was written; none where there is none that can be read, as it is made anew."""
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-        return recorded if all({"run", "settings"} <= row.keys() for row in recorded["members"]) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return read_sweep(folder)
+    except RunError as error:
+        log.warning("%s", error)
+        return None
 
 
 def commands(members: Members) -> list[str]:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from alignlab.errors import AlignlabError, RunError
-from alignlab.facts.sweep import Sweep
 from alignlab.recipe import consumed, run_name
-from alignlab.run import Run
+from alignlab.run import Run, Sweep
 from alignlab.sweep.choice import collect
 from alignlab.sweep.members import Member, Members
 from alignlab.train import prepare_dpo, train_dpo

@@ -184,10 +184,10 @@ def split_rows(raw: Path) -> Iterator[dict]:
     with raw.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             try:
-                pair = split_pair(row["chosen"], row["rejected"])
+                prompt, chosen, rejected = split_pair(row["chosen"], row["rejected"])
             except DataError:
                 continue
-            yield {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 # Memory
