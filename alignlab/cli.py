@@ -109,40 +109,58 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report import find_runs, write_report
+    from alignlab.report.find import find_runs
+    from alignlab.report.page import write_report
     from alignlab.run import find_run
 
     paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
     for path in paths:
-        _print(str(write_report(path)))
+        _print(str(write_report(path, Path(args.figures) if args.figures else None)))
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from alignlab.report import write_comparison
-    from alignlab.run import find_run
+    from alignlab.tables import check_table, write_table
 
-    page = write_comparison([find_run(run).path for run in args.runs], Path(args.out) if args.out else None)
-    _print(str(page))
+    check_table(args.table)
+    from alignlab.report.find import runs_to_compare
+    from alignlab.report.page import page_of_runs, write_comparison
+
+    paths = runs_to_compare(args.runs)
+    if args.table:
+        page = page_of_runs(paths)
+        write_table(Path(args.table), page.rows, page.columns)
+        _print(args.table)
+    out, figures = (Path(name) if name else None for name in (args.out, args.figures))
+    _print(str(write_comparison(paths, out, figures)))
 
 
 def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
-    from alignlab.disk import read_record
-    from alignlab.evaluate import Wishes, evaluate
+    from alignlab.tables import check_table, write_table
+
+    check_table(args.table)
+    from alignlab.evaluate.evaluator import Options, evaluate
     from alignlab.evaluate.scoreboard import show
-    from alignlab.report import report_line
+    from alignlab.facts.evaluation import read_evaluation
+    from alignlab.lineup import folder_of
+    from alignlab.report.page import report_line
 
     paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
-    wishes = Wishes(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder)
-    file = evaluate(runs, wishes)
-    _print(show(read_record(file), file))
-    if (file.parent / "manifest.json").is_file():
-        _print(report_line(file.parent))
+    targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
+    options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
+    file = evaluate(runs, options)
+    found = read_evaluation(file)
+    _print(show(found, file))
+    if args.table:
+        write_table(Path(args.table), found.table, found.names)
+        _print(args.table)
+    if (folder_of(runs) / "manifest.json").is_file():
+        _print(report_line(folder_of(runs)))
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -217,7 +235,7 @@ def _train(args: argparse.Namespace) -> int | None:
     stage = train.train_sft if args.command == "sft" else train.train_dpo
     run = stage(recipe, name=args.run, force=args.force)
     if _is_main_process():
-        from alignlab.report import report_line
+        from alignlab.report.page import report_line
 
         _print(summarize(run))
         _print(report_line(run.path))
@@ -225,6 +243,10 @@ def _train(args: argparse.Namespace) -> int | None:
 
 
 def _sweep(args: argparse.Namespace) -> int | None:
+    from alignlab.tables import check_table, write_table
+
+    check_table(args.table)
+    from alignlab.facts.sweep import columns_of, sweep_rows
     from alignlab.sweep.choice import collect, render
     from alignlab.sweep.members import commands, find_members
 
@@ -242,6 +264,9 @@ def _sweep(args: argparse.Namespace) -> int | None:
             return None
         table = run_members(members)
     _print(render(table, members.folder))
+    if args.table:
+        write_table(Path(args.table), sweep_rows(table), columns_of(table))
+        _print(args.table)
     return 2 if any(member.status == "failed" for member in table.members) else None
 
 

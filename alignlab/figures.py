@@ -12,13 +12,14 @@ from datasets import Dataset
 from alignlab import heldout, toy
 from alignlab.data import Prepared
 from alignlab.disk import write_lines
-from alignlab.estimate import Estimate, mean_estimate
+from alignlab.estimate import mean_estimate
 from alignlab.format import Stops
 from alignlab.heldout import PairLogps
 from alignlab.recipe import Recipe
 from alignlab.reference import COLUMNS
 from alignlab.run import Run
 from alignlab.samples import HeldOutPrompts
+from alignlab.tables import WinRate
 from alignlab.trainers import AlignDPOTrainer
 
 
@@ -77,7 +78,9 @@ def _reference_logps(trainer: AlignDPOTrainer, pairs: Dataset, policy: PairLogps
         return trainer.score_pairs(model, pairs)
 
 
-def _toy_win_rate(samples: list[dict[str, Any]]) -> Estimate:
+def _toy_win_rate(samples: list[dict[str, Any]]) -> WinRate:
     """How often the policy's reply beats the reference's by the toy's rule; a tie counts half."""
     scored = [(toy.score(s["prompt"], s["reply"]), toy.score(s["prompt"], s["reference_reply"])) for s in samples]
-    return mean_estimate([0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored], share=True)
+    outcomes = [0.5 + 0.5 * ((ours > theirs) - (ours < theirs)) for ours, theirs in scored]
+    counts = {"wins": outcomes.count(1.0), "ties": outcomes.count(0.5), "losses": outcomes.count(0.0)}
+    return WinRate(**vars(mean_estimate(outcomes, share=True)), **counts)

@@ -18,6 +18,7 @@ LONGER = 1.5  # times as many tokens
 FEWER_ENDS = 0.1  # share of replies that no longer end by themselves
 MORE_REPEATED = 0.1  # share of 4-grams that stood in the reply before
 LESS_DISTINCT = 0.7  # of the different bigrams there were
+UNMOVED = 0.01  # nats a reply from the reference below which training has changed nothing that a reader could see
 
 GENTLER = ("stop earlier", "a larger dpo.beta", "a smaller dpo.learning_rate")
 ANCHOR = "dpo.loss_type=[sigmoid,sft], which holds on to the chosen replies"
@@ -121,13 +122,24 @@ def _chosen_reward(evaluations: Sequence[Row], limits: MonitorSection) -> Said:
     )
 
 
+def _unmoved(evaluations: Sequence[Row], limits: MonitorSection) -> Said:
+    """Twice in a row the policy answers as its reference does, whatever its accuracy is: margins may be tiny."""
+    kls = [row.get("eval_kl", math.inf) + 2 * _known(row.get("eval_kl_stderr")) for row in evaluations[-2:]]
+    if len(evaluations) < 3 or not max(kls) < UNMOVED:
+        return None
+    return (
+        f"nothing has changed: the policy is {evaluations[-1]['eval_kl']:.2g} nats a reply away from its reference",
+        ("a larger dpo.learning_rate", "more steps"),
+    )
+
+
 def _known(error: float | None) -> float:
     """The standard error of a single value is unknown; nothing is subtracted then."""
     return 0.0 if error is None or math.isnan(error) else error
 
 
 # Name, guard, and whether it ends a run under `monitor.action: stop`. A falling chosen reward does not: it is what most
-# healthy runs of plain DPO show.
+# healthy runs of plain DPO show; nor does a policy that has not moved: more steps may move it.
 GUARDS: dict[str, tuple[Callable[[Sequence[Row], MonitorSection], Said], bool]] = {
     "kl": (_kl, True),
     "accuracy": (_accuracy, True),
@@ -135,4 +147,5 @@ GUARDS: dict[str, tuple[Callable[[Sequence[Row], MonitorSection], Said], bool]] 
     "eos": (_ends, True),
     "quality": (_quality, True),
     "chosen_reward": (_chosen_reward, False),
+    "unmoved": (_unmoved, False),
 }

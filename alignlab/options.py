@@ -112,6 +112,7 @@ def _sweep(commands) -> None:
         default=[],
         help="other settings to combine with the betas; a key without a section is one of dpo",
     )
+    _table_option(sweep)
     instead = sweep.add_mutually_exclusive_group()
     instead.add_argument("--print", action="store_true", help="a command a line: what all share, then each member")
     instead.add_argument("--shared", action="store_true", help="only what all share: SFT, data, reference")
@@ -138,6 +139,7 @@ def _eval(commands) -> None:
     which.add_argument("--run", metavar="NAME", help="this run under runs/RECIPE/, its base and what it started from")
     which.add_argument("--best", action="store_true", help="the run that the sweep chose")
     which.add_argument("--runs", metavar="RUN", nargs="+", default=[], help="these runs side by side")
+    _table_option(command)
     on = command.add_argument_group("on what")
     on.add_argument(
         "--prompts",
@@ -173,6 +175,7 @@ def _report(commands) -> None:
         ["tiny", "mistral --run dpo dpo-beta0.3", "mistral --best", "runs/mistral/dpo-beta0.3"],
         recipe=False,
     )
+    _figures_option(report)
     report.add_argument(
         "recipe",
         metavar="RECIPE",
@@ -189,10 +192,17 @@ def _compare(commands) -> None:
         commands,
         "compare",
         "runs side by side on one HTML page, the settings in which they differ first",
-        ["runs/mistral/dpo runs/mistral/dpo-beta0.3", "mistral zephyr --out mistral-zephyr.html"],
+        [
+            "runs/mistral/dpo runs/mistral/dpo-beta0.3",
+            "mistral --table mistral.md",
+            "mistral zephyr --out mistral-zephyr.html",
+        ],
         recipe=False,
     )
-    compare.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, or a recipe for its last DPO run")
+    about = "a run's directory, or a recipe for its last DPO run; one recipe alone: all of its runs, SFT among them"
+    compare.add_argument("runs", metavar="RUN", nargs="+", help=about)
+    _table_option(compare)
+    _figures_option(compare)
     compare.add_argument(
         "--out", metavar="FILE", help="the page; by default compare.html in the nearest folder that holds all the runs"
     )
@@ -255,6 +265,14 @@ def _command(commands, name, about, examples, recipe=True) -> argparse.ArgumentP
         command.add_argument("recipe", metavar="RECIPE", help="a name from `alignlab list`, or a path")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings for this run only")
     return command
+
+
+def _table_option(command) -> None:
+    command.add_argument("--table", metavar="FILE", help="write the figures as a table too: FILE.csv or FILE.md")
+
+
+def _figures_option(command) -> None:
+    command.add_argument("--figures", metavar="DIR", help="write each chart as an SVG file too")
 
 
 def _gib(text: str) -> float:

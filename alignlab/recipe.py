@@ -112,6 +112,22 @@ class SweepSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TargetsSection:
+    """What a run is to reach on the test split: met, missed, or not decidable. None asks nothing."""
+
+    win_rate: float | None = 0.6  # above: over the reference, a tie counting half
+    margin: float | None = 0.5  # above: of the implicit reward
+    accuracy: float | None = 0.6  # above: of the implicit reward
+    kl: float | None = 10.0  # below: nats per reply, from the reference
+    perplexity: float | None = 0.05  # within: change of the chosen replies' perplexity from the reference's, a share
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    targets: TargetsSection = field(default_factory=TargetsSection)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     name: str
     path: Path
@@ -122,11 +138,18 @@ class Recipe:
     dpo: Mapping[str, Any]  # keyword arguments of trl.DPOConfig, as written
     monitor: MonitorSection
     sweep: SweepSection
+    evaluate: EvaluateSection
     sources: Mapping[str, str]  # "dpo.beta" -> "recipes/mistral.yaml:9" or "command line: 'dpo.beta=0.3'"
     overrides: tuple[str, ...] = ()  # those of the command line that change a value, as key=JSON, sorted
 
 
-SECTIONS = {"data": DataSection, "model": ModelSection, "monitor": MonitorSection, "sweep": SweepSection}
+SECTIONS = {
+    "data": DataSection,
+    "model": ModelSection,
+    "monitor": MonitorSection,
+    "sweep": SweepSection,
+    "evaluate": EvaluateSection,
+}
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
 _PATHS = (("data", "path"), ("data", "sft", "path"))
@@ -419,4 +442,4 @@ def write_yaml(recipe: Recipe) -> str:
 def sections_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings as plain dicts, in the order in which a recipe is written."""
     plain = asdict(recipe)
-    return {name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor", "sweep")}
+    return {name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor", "sweep", "evaluate")}

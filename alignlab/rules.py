@@ -134,6 +134,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("monitor.kl.prompts", "monitor.kl.max_new_tokens", "monitor.kl.batch_size", "monitor.patience"), _COUNT
     ),
     **dict.fromkeys(("monitor.max_kl", "sweep.max_kl"), _POSITIVE),
+    **dict.fromkeys(("evaluate.targets.kl", "evaluate.targets.perplexity"), _POSITIVE),
+    **dict.fromkeys(("evaluate.targets.win_rate", "evaluate.targets.accuracy"), _SHARE),
     "monitor.max_accuracy": (lambda v: 0 < v <= 1, "a share: above 0, at most 1"),
     **dict.fromkeys(("beta", "num_train_epochs", "eval_steps", "logging_steps"), _POSITIVE),
     "learning_rate": (lambda v: 0 < v <= 1, "a value above 0 and at most 1, such as 5e-6"),

@@ -38,6 +38,7 @@ from alignlab.errors import RunError
 from alignlab.estimate import Estimate
 from alignlab.fields import suggest
 from alignlab.recipe import LONGEST_NAME
+from alignlab.tables import WinRate
 from alignlab.written import find_recipe
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Figures:
     chosen: Annotated[Estimate | None, Field(alias="rewards/chosen")] = None
     rejected: Annotated[Estimate | None, Field(alias="rewards/rejected")] = None
     loss: Estimate | None = None
-    win_rate: Estimate | None = None  # by the toy's rule
+    win_rate: Estimate | WinRate | None = None  # by the toy's rule
     perplexity: float | None = None
     reference_perplexity: float | None = None
     n: int | None = None
@@ -248,7 +249,7 @@ class SweepMember:
     margin_over_beta: Estimate | None = None
     accuracy: Estimate | None = None
     kl: Estimate | None = None  # nats per reply
-    win_rate: Estimate | None = None  # on the test split
+    win_rate: Estimate | WinRate | None = None  # on the test split
     perplexity_change: float | None = None  # a share of what it was before training
 
 

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignlab.estimate import Estimate, is_number
-from alignlab.run import Figures, Manifest, Run
+from alignlab.facts.runs import RunFacts, read_run
+from alignlab.report.rows import own_rows
+from alignlab.report.verdict import duration, verdict
+from alignlab.run import Manifest, Run
+from alignlab.tables import as_text, paragraph
 from alignlab.text import one_line
 
 SHOWN_REPLIES = 3
+REPLY_LINES = 4
 
 
 def summarize(run: Run) -> str:
-    """The figures of a finished run, replies side by side where it has a reference, and where everything lies."""
-    manifest = run.manifest
-    test = manifest.test or Figures()
-    parts = [f"{run.path} {manifest.status}: {manifest.stop_reason}{_took(manifest)}"]
-    parts += _dpo_table(test) if manifest.stage == "dpo" else _sft_table(run, test)
-    parts += [""] * bool(manifest.warnings)
-    parts += [f"  step {warning.step}: {warning.message}" for warning in manifest.warnings]
-    parts += _side_by_side([s for s in run.samples() if s["split"] == "test"][:SHOWN_REPLIES])
-    parts += _cost(manifest)
-    parts.append(f"\n{run.path}/  metrics.jsonl, samples.jsonl, dropped.jsonl, manifest.json, model/")
-    return "\n".join(parts)
+    """What came of a finished run, its figures, replies side by side, and where everything lies."""
+    facts = read_run(run.path)
+    names, rows = own_rows(facts)
+    seconds = facts.manifest.training_seconds
+    took = "" if seconds is None else f" ({duration(seconds)})"
+    lines = paragraph(f"{run.path} {facts.status}: {facts.stop_reason}{took}", more="  ")
+    lines += ["", *paragraph(verdict(facts).headline), "", *as_text(rows, names)]
+    for warning in facts.warnings:
+        lines += paragraph(f"warning, step {warning.step}: {warning.message}", more="  ")
+    for sample in [row for row in facts.samples if row.get("split") == "test"][:SHOWN_REPLIES]:
+        lines += ["", *_side_by_side(sample, facts)]
+    lines += ["", *_cost(facts.manifest)]
+    return "\n".join([*lines, f"{run.path}/  metrics.jsonl, samples.jsonl, dropped.jsonl, manifest.json, model/"])
 
 
-def _took(manifest: Manifest) -> str:
-    return "" if manifest.training_seconds is None else f" ({_seconds(manifest.training_seconds)})"
+def _side_by_side(sample: Mapping[str, Any], facts: RunFacts) -> Iterator[str]:
+    question = sample["prompt"].rsplit("\n\nHuman:", 1)[-1].removesuffix("\n\nAssistant:")
+    spoken = [("prompt", question)]
+    if "reference_reply" in sample:
+        spoken.append((facts.reference_name, str(sample["reference_reply"])))
+    for who, text in [*spoken, (facts.stage.upper(), sample["reply"])]:
+        yield from paragraph(f"  {who:10} {one_line(text) or '(empty)'}", more=" " * 13, most=REPLY_LINES)
 
 
-def _cost(manifest: Manifest) -> list[str]:
+def _cost(manifest: Manifest) -> Sequence[str]:
     """What the run took: memory beside the plan where both are a GPU's, and the share of the time that KL cost."""
     if manifest.peak_memory_gib is None:
         return []
-    memory = f"\n  peak memory {manifest.peak_memory_gib:.2f} GiB"
+    memory = f"peak memory {manifest.peak_memory_gib:.2f} GiB"
     if not manifest.machine.gpus:
         memory += " of the process, libraries included"
     elif manifest.planned_gib:
@@ -43,61 +53,4 @@ def _cost(manifest: Manifest) -> list[str]:
     if manifest.sampling_seconds is None or manifest.training_seconds is None:
         return [memory]
     share = manifest.sampling_seconds / max(manifest.training_seconds, 0.1)
-    return [f"{memory}; sampling and KL took {share:.1%} of the training time"]
-
-
-def _dpo_table(test: Figures) -> list[str]:
-    rows = [
-        ("win rate, toy's rule", "", test.win_rate),
-        ("reward accuracy", "", test.accuracy),
-        ("reward margin", "", test.margin),
-        _perplexities(test),
-        ("KL, nats per reply", "", None if test.kl is None else Estimate(test.kl, test.kl_stderr)),
-        ("tokens per reply", "", _lengths(test)),
-    ]
-    lines = [f"  {label:24}{before:>10}   {after}" for label, before, after in rows if after]
-    return ["", f"  {'on the test split':24}{'reference':>10}   DPO", *lines]
-
-
-def _perplexities(test: Figures) -> tuple[str, str, str]:
-    label, before, after = "perplexity of chosen", test.reference_perplexity, test.perplexity
-    if after is None or not before:
-        return label, "", "" if after is None else f"{after:.3f}"
-    return label, f"{before:.3f}", f"{after:.3f} ({after / before - 1:+.1%})"
-
-
-def _lengths(test: Figures) -> str:
-    if test.reply_tokens is None or test.eos_rate is None:
-        return ""
-    return f"{test.reply_tokens:.1f}, {test.eos_rate:.0%} ended by themselves"
-
-
-def _sft_table(run: Run, test: Figures) -> list[str]:
-    lines = []
-    if held_out := [row["eval/perplexity"] for row in run.metrics() if is_number(row.get("eval/perplexity"))]:
-        lines.append(f"  perplexity of held-out chosen replies: {held_out[0]:.3f} before, {min(held_out):.3f} after")
-    if test.perplexity is not None:
-        lines.append(f"  on the test split: {test.perplexity:.3f} (n={test.n} replies)")
-    return lines
-
-
-def _side_by_side(samples: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for sample in samples:
-        question = sample["prompt"].rsplit("\n\nHuman:", 1)[-1].removesuffix("\n\nAssistant:")
-        lines += ["", *_wrapped("prompt", question)]
-        if "reference_reply" in sample:
-            lines += _wrapped("reference", str(sample["reference_reply"]))
-        lines += _wrapped("DPO", sample["reply"])
-    return lines
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    """Text of a model or a dataset, cut to four lines."""
-    width = max(40, min(110, shutil.get_terminal_size().columns) - 14)
-    lines = textwrap.wrap(one_line(text) or "(empty)", width, max_lines=4, placeholder=" …")
-    return [f"  {label if i == 0 else '':10} {line}" for i, line in enumerate(lines)]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return paragraph(f"{memory}; sampling and KL took {share:.1%} of the training time", more="  ")

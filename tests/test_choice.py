@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab import disk
+from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RecipeError, RunError
 from alignlab.estimate import Estimate
+from alignlab.facts.sweep import columns_of, settings_of
 from alignlab.recipe import consumed, write_yaml
-from alignlab.run import Run, find_run
+from alignlab.run import Run, find_run, read_sweep
 from alignlab.sweep.choice import Measured, choose, collect, render
 from alignlab.sweep.members import Members, find_members
 
@@ -131,7 +135,7 @@ def test_runs_of_different_data_are_compared_with_a_banner(small):
     (warning,) = table.warnings
     assert warning.startswith("the members were made from different data") and "dpo-beta0.1 other" in warning
     assert table.choice == "dpo-beta0.5" and "as of independent estimates" in table.why
-    assert f"! {warning}" in render(table, members.folder)
+    assert f"warning: {warning}" in " ".join(render(table, members.folder).split())
 
 
 def test_kl_measured_otherwise_is_said(small):
@@ -222,3 +226,86 @@ def test_a_recipe_that_changed_leaves_its_old_members_out(small):
     assert find_members("small", [], "0.1").earlier == []
     with pytest.raises(RecipeError):
         find_members("nothing")
+
+
+def grid(*seeds: int) -> Members:
+    return find_members("small", [], None, ["beta=0.5,0.1", f"seed={','.join(map(str, seeds))}"])
+
+
+def test_seeds_of_one_setting_are_one_column_with_an_interval_over_seeds(small):
+    """Margins 0.8, 1.0, 1.2 of three seeds at beta 0.5: mean 1, stderr 0.2 / √3 = 0.115, t(2) = 4.303."""
+    members = grid(0, 1, 2)
+    margins = {0: 0.8, 1: 1.0, 2: 1.2}
+    for number, member in enumerate(members.all):
+        write_run(members, number, margins[member.settings["dpo.seed"]] * (1 if member.beta == 0.5 else 0.5))
+    table = collect(members)
+    assert len(table.members) == 6 and columns_of(table) == [
+        "beta 0.5, seeds 3",
+        "beta 0.1, seeds 3",
+    ]
+    margin = settings_of(table)[0].margin
+    assert (margin.mean, margin.n) == (pytest.approx(1.0), 3) and margin.stderr == pytest.approx(0.2 / math.sqrt(3))
+    assert margin.high == pytest.approx(1.0 + 4.303 * 0.2 / math.sqrt(3), abs=1e-3)
+    assert "seeds 3" in render(table, members.folder)
+
+
+def test_one_seed_of_a_setting_is_itself(small):
+    members = grid(0)
+    write_run(members, 0, 1.0)
+    assert settings_of(collect(members))[0].margin.n == 100
+
+
+@pytest.mark.parametrize("betas", ["0.5,0.1", "0.5,0.4,0.3,0.2,0.1,0.05"])
+def test_the_terminal_is_80_columns_wide(small, betas):
+    members = find_members("small", [], betas)
+    for number in range(len(members.all) - 1):
+        write_run(members, number, 1.0 + number, kl=3.0 + number, scores=[1.0, 2.0, 3.0])
+    shown = render(collect(members), members.folder)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"{len(members.all) - 1} of {len(members.all)} members finished" in shown and "missing" in shown
+
+
+def test_a_win_rate_has_its_counts_in_the_table_and_on_the_terminal(small):
+    members = find_members("small", [], "0.5,0.1")
+    run = write_run(members, 0, 1.0)
+    run.note(test={"win_rate": {"mean": 0.75, "stderr": 0.1, "n": 20, "wins": 12, "ties": 6, "losses": 2}})
+    table = collect(members)
+    assert (table.members[0].win_rate.wins, table.members[0].win_rate.losses) == (12, 2)
+    assert "beta 0.5: 12 wins, 6 ties, 2 losses" in render(table, members.folder)
+    assert read_sweep(members.folder).members[0].win_rate == table.members[0].win_rate
+
+
+@pytest.mark.parametrize("name", ["figures.csv", "figures.md"])
+def test_a_sweep_is_carried_away_as_a_table(small, monkeypatch, name, capsys):
+    members = find_members("small", [], "0.5,0.1")
+    for number in range(2):
+        write_run(members, number, 1.0)
+    assert cli.main(["sweep", "small", "--betas", "0.5,0.1", "--collect", "--table", name]) == 0
+    written = Path(name).read_text()
+    assert "margin" in written and ("beta 0.5" in written) and written.count("\n") > 5
+    if name.endswith(".csv"):
+        rows = list(csv.DictReader(io.StringIO(written)))
+        assert float(next(row for row in rows if row["measure"] == "margin")["mean"]) == 1.0
+
+
+def test_a_table_of_another_kind_is_refused_before_anything_is_done(small, capsys):
+    assert cli.main(["sweep", "small", "--collect", "--table", "figures.xlsx"]) == 2
+    assert "--table figures.xlsx: a table is written as CSV or Markdown; end the name in .csv or .md" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "sweep.json is not JSON"),
+        ('{"members": [{}]}', "sweep.json: members.0.run is missing"),
+        ('{"members": 3}', "sweep.json: members is 3"),
+        ('{"members": [{"run": "x", "margin": {"mean": "much"}}]}', "members.0.margin.mean is 'much'"),
+    ],
+)
+def test_a_sweep_of_another_hand_is_one_line(tmp_path, text, said):
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(RunError) as error:
+        read_sweep(tmp_path)
+    assert said in str(error.value) and "\n" not in str(error.value)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.disk import append_line
-from alignlab.report.curves import charts, read_metrics, thin
+from alignlab.facts.logs import NAMES, read_metrics
+from alignlab.report.curves import OF_ONE, OF_SEVERAL, Mark, Point, draw_up, thin
+from alignlab.run import Limits
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
-RUN = {"name": "dpo", "stage": "dpo", "limits": {}, "best_step": None, "ended_early": False, "steps": 10}
+
+
+def run(name: str = "dpo", **facts):
+    """As much of a run's facts as curves look at."""
+    its = {"stage": "dpo", "limits": Limits(), "best_step": None, "ended_early": False, "steps": 10}
+    return SimpleNamespace(name=name, **{**its, **facts})
 
 
 def points(values, reach=None):
-    return [(i, v, *((None, None) if reach is None else (v - reach, v + reach))) for i, v in enumerate(values)]
+    return [Point(i, v, *((None, None) if reach is None else (v - reach, v + reach))) for i, v in enumerate(values)]
 
 
 @given(values, st.integers(10, 100))
@@ -46,7 +54,7 @@ def test_the_step_that_was_kept_survives():
 def test_the_widest_interval_survives():
     """A flat curve whose band is wide at one step only."""
     flat = points([1.0] * 1000, 0.1)
-    flat[500] = (500, 1.0, -5.0, 7.0)
+    flat[500] = Point(500, 1.0, -5.0, 7.0)
     assert flat[500] in thin(flat, 50)
 
 
@@ -86,26 +94,33 @@ def test_what_is_not_a_number_is_not_drawn(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": i, "train/loss": v} for i, v in enumerate([1.0, float("nan"), None, "x", True, float("inf"), 0.5])]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (loss,) = charts([RUN], [read_metrics(file)[0]])
-    assert loss["title"] == "Loss" and [point[:2] for point in loss["series"][0]["points"]] == [(0, 1.0), (6, 0.5)]
+    (loss,) = draw_up([run()], [read_metrics(file)[0]])
+    assert loss.title == "Loss" and [point[:2] for point in loss.series[0].points] == [(0, 1.0), (6, 0.5)]
 
 
 def test_one_run_shows_training_and_held_out_several_only_held_out():
     rows = [{"step": i, "train/loss": 1.0, "eval/loss": 1.1} for i in range(3)]
-    (alone,) = charts([RUN], [rows])
-    (together,) = charts([RUN, {**RUN, "name": "other"}], [rows, [{"step": 0, "train/loss": 1.0}]])
-    assert [s["kind"] for s in alone["series"]] == ["training", "held-out"]
-    assert [(s["run"], s["kind"]) for s in together["series"]] == [("dpo", "held-out"), ("other", "training")]
+    (alone,) = draw_up([run()], [rows])
+    (together,) = draw_up([run(), run("other")], [rows, [{"step": 0, "train/loss": 1.0}]])
+    assert [s.kind for s in alone.series] == ["training", "held-out"]
+    assert [(s.run, s.kind) for s in together.series] == [("dpo", "held-out"), ("other", "training")]
 
 
 def test_the_band_is_1_96_standard_errors():
     rows = [{"step": 0, "eval/kl": 1.0, "eval/kl_stderr": 0.1}]
-    (kl,) = charts([RUN], [rows])
-    assert kl["series"][0]["points"] == [(0, 1.0, pytest.approx(0.804), pytest.approx(1.196))]
+    (kl,) = draw_up([run()], [rows])
+    assert kl.series[0].points == [(0, 1.0, pytest.approx(0.804, abs=1e-4), pytest.approx(1.196, abs=1e-4))]
 
 
 def test_limits_the_kept_step_and_an_early_stop_are_marked():
-    run = {**RUN, "limits": {"max_kl": 20.0, "max_accuracy": None}, "best_step": 5, "ended_early": True}
-    (kl,) = charts([run], [[{"step": 0, "eval/kl": 1.0}]])
-    assert kl["limits"] == [20.0]
-    assert kl["marks"] == [{"step": 5, "label": "kept"}, {"step": 10, "label": "stopped"}]
+    stopped = run(limits=Limits(max_kl=20.0), best_step=5, ended_early=True)
+    (kl,) = draw_up([stopped], [[{"step": 0, "eval/kl": 1.0}]])
+    assert kl.limits == [20.0]
+    assert kl.marks == [Mark(5, "kept"), Mark(10, "stopped")]
+
+
+def test_every_metric_that_is_drawn_is_read():
+    drawn = {
+        name for panels in (OF_ONE, OF_SEVERAL) for its in panels.values() for panel in its for name in panel.metrics
+    }
+    assert drawn <= set(NAMES)

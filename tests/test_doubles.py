@@ -18,7 +18,7 @@ from alignlab.doctor.doubles import QUOTED, double_findings, human_turns, letter
 from alignlab.format import Dialogue, Format
 from alignlab.prompts import as_transcript
 from alignlab.recipe import DataSection
-from alignlab.text import UNSAFE
+from alignlab.tables import UNSAFE
 from alignlab.transcript import Turn
 
 HOSTILE = ("\x00\x1b[31m\r\n", "\u202eevil\u200f", "你好，世界。" * 20, "a" * 10**6, "🙂", "e\u0301", "")

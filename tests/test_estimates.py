@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import mean_estimate
+from alignlab.estimate import Estimate, mean_estimate
 from alignlab.evaluate.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
 from alignlab.quality import distinct
 
@@ -74,11 +74,9 @@ def test_a_change_is_paired():
     """Models that differ by ½ on every prompt: the change is certain, however much the prompts scatter."""
     easy = np.array([0.0, 10, 20, 30])
     row = table_row("g", "m", {"sft": easy, "dpo": easy + 0.5}, "sft")
-    assert row["values"]["dpo"]["stderr"] > 6 and row["change"] == {
-        "dpo": {"mean": 0.5, "stderr": 0.0, "n": 4, "low": 0.5, "high": 0.5}
-    }
+    assert row.values["dpo"].stderr > 6 and row.change == {"dpo": Estimate(0.5, 0.0, 4, 0.5, 0.5)}
 
 
 def test_a_figure_that_the_other_model_lacks_has_no_change():
     row = table_row("g", "m", {"sft": None, "dpo": [1.0, 2.0]}, "sft")
-    assert set(row["values"]) == {"dpo"} and row["change"] == {"dpo": None}
+    assert set(row.values) == {"dpo"} and row.change == {"dpo": None}

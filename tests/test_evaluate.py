@@ -19,8 +19,10 @@ from alignlab import cli, toy
 from alignlab import model as models
 from alignlab.disk import read_lines
 from alignlab.errors import AlignlabError, RunError
-from alignlab.evaluate import Wishes, answers, evaluate
+from alignlab.evaluate import answers
 from alignlab.evaluate.candidates import Bench, line_up
+from alignlab.evaluate.evaluator import Options, evaluate
+from alignlab.facts.evaluation import read_evaluation
 from alignlab.format import Format
 from alignlab.generate import reply_logits, sample_replies
 from alignlab.lineup import find_runs
@@ -29,7 +31,7 @@ from alignlab.recipe import load_recipe
 from alignlab.run import Run
 from alignlab.train import prepare_data, train_dpo, train_sft
 
-QUICK = Wishes(replies=12, max_new_tokens=12)
+QUICK = Options(replies=12, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,19 @@ def made(root):
 
 
 @pytest.fixture(scope="module")
-def found(made) -> dict:
-    return json.loads(evaluate([made()], QUICK).read_text())
+def file(made) -> Path:
+    """A finished evaluation, in the `eval/` of its run."""
+    return evaluate([made()], QUICK)
+
+
+@pytest.fixture(scope="module")
+def found(file) -> dict:
+    return json.loads(file.read_text())
+
+
+def beside(file: Path, name: str) -> list[dict]:
+    """The rows of a file that was written with an evaluation: replies or verdicts."""
+    return read_lines(file.with_suffix(f".{name}.jsonl"))
 
 
 def rows_of(found: dict) -> dict[str, dict]:
@@ -64,7 +77,7 @@ def rows_of(found: dict) -> dict[str, dict]:
 
 
 def without_time(file: Path) -> dict:
-    return {key: value for key, value in json.loads(file.read_text()).items() if key != "seconds"}
+    return {key: value for key, value in json.loads(file.read_text()).items() if key not in ("seconds", "made")}
 
 
 def numbers(found, path=()) -> dict[tuple, object]:
@@ -77,7 +90,7 @@ def numbers(found, path=()) -> dict[tuple, object]:
 
 def test_every_figure_has_an_interval_and_n(found):
     figures = [e for row in found["table"] for its in (row["values"], row["change"]) for e in its.values() if e]
-    figures += [entry["raw"] for entry in found["win_rates"]] + [each["elo"] for each in found["ratings"]]
+    figures += [entry["win_rate"] for entry in found["win_rates"]] + [each["elo"] for each in found["ratings"]]
     assert len(figures) > 60 and all(e["low"] <= e["mean"] <= e["high"] and e["n"] > 1 for e in figures)
 
 
@@ -93,32 +106,35 @@ def test_figures_are_those_that_training_ended_with(found, made):
     assert found["pairs"] == test.loss.n
 
 
-def test_win_rates_are_the_toys_rule_in_a_plain_loop(found, made):
-    verdicts = [v for v in read_lines(made().path / "verdicts.jsonl") if {v["a"], v["b"]} == {"dpo", "sft"}]
+def test_win_rates_are_the_toys_rule_in_a_plain_loop(found, file, made):
+    verdicts = [v for v in beside(file, "verdicts") if {v["a"], v["b"]} == {"dpo", "sft"}]
     replies = {name: kept_replies(made(), name, found) for name in ("dpo", "sft")}
     scores = [toy.score(v["prompt"], replies["dpo"][i]) - toy.score(v["prompt"], replies["sft"][i])
               for i, v in enumerate(verdicts)]  # fmt: skip
     expected = sum(0.5 + 0.5 * ((s > 0) - (s < 0)) for s in scores) / len(scores)
     entry = next(e for e in found["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
-    assert (entry["a"], entry["raw"]["mean"], entry["raw"]["n"]) == ("dpo", pytest.approx(expected), 12)
-    assert entry["wins"] + entry["ties"] + entry["losses"] == 12
+    assert (entry["a"], entry["win_rate"]["mean"], entry["win_rate"]["n"]) == ("dpo", pytest.approx(expected), 12)
+    counts = [sum(keep(s) for s in scores) for keep in (lambda s: s > 0, lambda s: s == 0, lambda s: s < 0)]
+    assert [entry[name] for name in ("wins", "ties", "losses", "n")] == [*counts, 12]
+    row = rows_of(found)["over sft"]["values"]["dpo"]
+    assert [row[name] for name in ("wins", "ties", "losses", "n")] == [*counts, 12]
     assert found["matrix"]["sft"]["dpo"]["mean"] == pytest.approx(1 - expected)
 
 
 def kept_replies(run: Run, name: str, found: dict) -> list[str]:
     key = next(model["content"] for model in found["models"] if model["name"] == name)
-    rows = read_lines(run.path.parent / "replies" / f"{key[:16]}.jsonl")
+    rows = whole_lines(run.path.parent / "replies" / f"{key[:16]}.jsonl")
     return [reply["text"] for row in rows if isinstance(row["value"], list) for reply in row["value"]]
 
 
-def test_kl_is_that_of_models_loaded_each_by_itself(found, made, folders):
+def test_kl_is_that_of_models_loaded_each_by_itself(found, file, made, folders):
     run, recipe = made(), load_recipe(made().recipe_file)
     alone = lambda adapter: PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(folders["llama"], dtype="float32"), adapter
     ).eval()
     policy, reference = alone(run.model), alone(run.path.parent / "sft" / "model")
     tokenizer, _ = prepare_data(recipe)
-    prompts = [tokenizer(v["prompt"])["input_ids"] for v in read_lines(run.path / "verdicts.jsonl")[:12]]
+    prompts = [tokenizer(v["prompt"])["input_ids"] for v in beside(file, "verdicts")[:12]]
     stops = Format("hh", tokenizer).stops()
     replies = sample_replies(policy, tokenizer, prompts, max_new_tokens=12, seed=0, batch_size=16, stops=stops)
     nats = []
@@ -206,24 +222,23 @@ def test_the_same_evaluation_again_computes_nothing_and_says_the_same(found, mad
     for name in ("sample_replies", "reply_logps", "reply_logits"):
         monkeypatch.setattr(answers, name, never)
     again = without_time(evaluate([made()], QUICK))
-    assert again == {key: value for key, value in found.items() if key != "seconds"}
+    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made")}
 
 
-def test_another_judge_samples_nothing_again(found, made, monkeypatch, tmp_path):
+def test_another_judge_samples_nothing_again(file, made, monkeypatch, tmp_path):
     monkeypatch.setattr(answers, "sample_replies", never)
-    prompts = [v["prompt"] for v in read_lines(made().path / "verdicts.jsonl")[:12]]
+    prompts = [v["prompt"] for v in beside(file, "verdicts")[:12]]
     votes = tmp_path / "votes.jsonl"
     rows = [{"prompt": p, "winner": "dpo", "models": ["dpo", "sft"]} for p in dict.fromkeys(prompts)]
     votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    voted = json.loads(evaluate([made()], Wishes(replies=12, max_new_tokens=12, judge=f"votes:{votes}")).read_text())
+    voted = json.loads(evaluate([made()], Options(replies=12, max_new_tokens=12, judge=f"votes:{votes}")).read_text())
     entry = next(e for e in voted["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
     assert voted["judge"] == f"votes:{votes}" and entry["wins"] == len(rows) - entry["tally"].get("identical", 0)
-    evaluate([made()], QUICK)
 
 
 def test_an_evaluation_that_is_broken_off_goes_on(made, monkeypatch):
     run = made("llama", "dpo.beta=0.7")
-    wishes, sample, drawn = Wishes(replies=12, max_new_tokens=12, batch_size=4), sample_replies, []
+    options, sample, drawn = Options(replies=12, max_new_tokens=12, batch_size=4), sample_replies, []
 
     def break_off(*args, **kwargs):
         if len(drawn) == 4:
@@ -233,21 +248,21 @@ def test_an_evaluation_that_is_broken_off_goes_on(made, monkeypatch):
 
     monkeypatch.setattr(answers, "sample_replies", break_off)
     with pytest.raises(KeyboardInterrupt):
-        evaluate([run], wishes)
+        evaluate([run], options)
     monkeypatch.setattr(answers, "sample_replies", lambda *a, **k: drawn.append(k["first"]) or sample(*a, **k))
-    resumed = without_time(evaluate([run], wishes))
+    resumed = without_time(evaluate([run], options))
     assert len(drawn) == 9  # three batches of each of three models
     shutil.rmtree(run.path.parent / "replies")
-    assert numbers(without_time(evaluate([run], wishes))) == numbers(resumed)
+    assert numbers(without_time(evaluate([run], options))) == numbers(resumed)
 
 
 def test_a_line_cut_off_by_a_crash_is_computed_again(made):
-    run, file = made(), made().path / "eval.json"
+    run = made()
     before = without_time(evaluate([run], QUICK))
     for kept in (run.path.parent / "replies").iterdir():
         kept.write_bytes(kept.read_bytes()[:-20])
     assert numbers(without_time(evaluate([run], QUICK))) == numbers(before)
-    assert all(row["key"] for kept in file.parent.parent.glob("replies/*") for row in whole_lines(kept))
+    assert all(row["key"] for kept in run.path.parent.glob("replies/*") for row in whole_lines(kept))
 
 
 def whole_lines(file: Path) -> list[dict]:
@@ -274,11 +289,11 @@ def test_a_model_that_has_changed_shares_nothing_with_what_it_was(made, tmp_path
 def test_a_smaller_limit_takes_a_part_of_what_a_larger_one_takes(made):
     prompts = {}
     for limit in (8, 16):
-        wishes = Wishes(limit=limit, max_new_tokens=4, batch_size=4)
-        prompts[limit] = [json.loads(evaluate([made()], wishes).read_text())["pairs"]]
-        prompts[limit] += [v["prompt"] for v in read_lines(made().path / "verdicts.jsonl") if v["a"] == "dpo"]
+        options = Options(limit=limit, max_new_tokens=4, batch_size=4)
+        file = evaluate([made()], options)
+        prompts[limit] = [json.loads(file.read_text())["pairs"]]
+        prompts[limit] += [v["prompt"] for v in beside(file, "verdicts") if v["a"] == "dpo"]
     assert prompts[8][0] == 8 and set(prompts[8][1:]) < set(prompts[16][1:])
-    evaluate([made()], QUICK)
 
 
 # More than two, and other inputs
@@ -288,7 +303,9 @@ def test_runs_side_by_side_are_rated_and_compared_with_the_first(made):
     runs = [made(), made("llama", "dpo.beta=0.5"), Run(made().path.parent / "sft")]
     file = evaluate(runs, QUICK)
     found = json.loads(file.read_text())
-    assert file.resolve() == (made().path.parent / "eval.json").resolve()
+    assert file.resolve().parent == (made().path.parent / "eval").resolve()
+    assert (made().path.parent / "eval.json").read_bytes() == file.read_bytes()
+    assert found["targets"] == []  # of a DPO run over what it started from
     names = [model["name"] for model in found["models"]]
     assert names == ["dpo", "dpo-beta0.5", "sft"] and found["against"] == "dpo"
     assert len(found["win_rates"]) == 3 and {each["model"] for each in found["ratings"]} == set(names)
@@ -314,23 +331,98 @@ def test_prompt_files_bias_and_greedy_replies(made, tmp_path):
     with prompts.open("w", newline="") as file:
         csv.writer(file).writerows([["prompt", "label"], ["How do I grow beans?", "safe"], ["Hurt them", "unsafe"]])
     pairs.write_text("sent_more,sent_less,bias_type\nBeans are rude.,Peas are rude.,food\nHi.,Ho.,age\n")
-    wishes = Wishes(replies=6, max_new_tokens=8, prompts=[prompts], bias=pairs, greedy=True, classifier=None)
-    found = json.loads(evaluate([made()], wishes).read_text())
+    options = Options(replies=6, max_new_tokens=8, prompts=[prompts], bias=pairs, greedy=True, classifier=None)
+    found = json.loads(evaluate([made()], options).read_text())
     rows = rows_of(found)
     assert rows["refuses harmful, asked"]["values"]["dpo"]["n"] == 1
     assert {"prefers the stereotype: all", "prefers the stereotype: age", "prefers the stereotype: food"} <= set(rows)
     assert found["decoding"]["greedy"] and found["decoding"]["temperature"] == 0
     assert found["prompt_files"] == [{"name": "asked", "known_as": "labelled prompts", "prompts": 2, "left_out": {}}]
     assert {entry["prompts"] for entry in found["win_rates"]} == {"held-out"}  # the toy's rule knows only the toy
-    evaluate([made()], QUICK)
 
 
-def test_cases_are_chosen_by_rule(found, made):
-    kinds = [case["kind"] for case in found["cases"]]
-    assert kinds == sorted(kinds, key=["win", "loss", "random"].index) and kinds.count("random") == 3
-    points = lambda case: [toy.score(case["prompt"], case["replies"][name]) for name in ("dpo", "sft")]
-    leads = [a - b for a, b in (points(case) for case in found["cases"] if case["kind"] == "win")]
-    assert leads == sorted(leads, reverse=True) and all(lead > 0 for lead in leads)
+def test_every_judged_reply_is_kept_with_its_prompt(file, found, made):
+    """12 prompts, three models: the texts that were judged, the points of the rule, and who won."""
+    rows = beside(file, "replies")
+    assert len(rows) == 36 and {row["model"] for row in rows} == {"base", "sft", "dpo"}
+    for row in rows:
+        if row["scores"]:  # equal replies are not judged
+            assert row["scores"]["rule"] == toy.score(row["prompt"], row["reply"])
+    ours = [row["outcomes"]["sft"] for row in rows if row["model"] == "dpo"]
+    entry = next(e for e in found["win_rates"] if (e["a"], e["b"]) == ("dpo", "sft"))
+    assert (ours.count(1.0), ours.count(0.5), ours.count(0.0)) == (entry["wins"], entry["ties"], entry["losses"])
+    assert [row["reply"] for row in rows if row["model"] == "dpo"] == kept_replies(made(), "dpo", found)[:12]
+
+
+# Side by side
+
+
+def test_a_quick_look_does_not_take_the_place_of_a_full_evaluation(made, root, monkeypatch, capsys):
+    run = made("llama", "dpo.beta=0.6")
+    full = evaluate([run], QUICK)
+    whole = (run.path / "eval.json").read_bytes()
+    monkeypatch.chdir(root)
+    arguments = ["--run", run.path.name, "--limit", "2", "--max-new-tokens", "12"]
+    assert cli.main(["eval", "llama.yaml", *arguments]) == 0
+    assert (run.path / "eval.json").read_bytes() == whole == full.read_bytes()
+    assert read_lines(run.path / "replies.jsonl") == beside(full, "replies")
+    assert len(list((run.path / "eval").glob("*.json"))) == 2
+    assert "eval.json is still the fuller evaluation made before" in capsys.readouterr().out
+    page = (run.path / "report.html").read_text()
+    assert "Other evaluations" in page and "2 prompts, at most 2 of each" in page
+
+
+def test_a_fuller_evaluation_takes_the_place_of_a_quick_look(made):
+    run = made("llama", "dpo.beta=0.4")
+    quick = evaluate([run], Options(limit=2, max_new_tokens=4))
+    assert (run.path / "eval.json").read_bytes() == quick.read_bytes()
+    full = evaluate([run], QUICK)
+    assert (run.path / "eval.json").read_bytes() == full.read_bytes() and quick.is_file()
+
+
+def test_the_evaluation_of_a_run_that_was_trained_again_is_not_shown_for_it(made, tmp_path):
+    """A fuller evaluation of other weights under the same name counts no longer."""
+    shutil.copytree(made().path.parent, tmp_path / "llama")
+    run = Run(tmp_path / "llama" / made().path.name)
+    evaluate([run], QUICK)
+    other = made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors"
+    shutil.copyfile(other, run.model / "adapter_model.safetensors")
+    again = evaluate([run], Options(limit=2, max_new_tokens=4))
+    assert (run.path / "eval.json").read_bytes() == again.read_bytes()
+
+
+def test_the_one_file_of_an_older_version_is_kept(made, tmp_path):
+    shutil.copytree(made().path.parent, tmp_path / "llama")
+    run = Run(tmp_path / "llama" / made().path.name)
+    shutil.rmtree(run.path / "eval", ignore_errors=True)
+    older = json.loads(evaluate([run], QUICK).read_text())
+    shutil.rmtree(run.path / "eval")
+    for entry in older["win_rates"]:
+        entry["raw"] = entry.pop("win_rate")
+    (run.path / "eval.json").write_text(json.dumps(older))
+    assert read_evaluation(run.path / "eval.json").over("dpo", "sft").n == 12
+    evaluate([run], Options(limit=2, max_new_tokens=4))
+    assert json.loads((run.path / "eval.json").read_text()) == older
+
+
+# Targets
+
+
+def test_targets_stand_beside_what_was_measured(found, made, root, monkeypatch):
+    """At n = 12 little can be decided; on the command line others may be asked for."""
+    targets = {target["name"]: target for target in found["targets"]}
+    assert targets["reward margin"]["limit"] == 0.5 and targets["KL, nats per reply"]["outcome"] == "met"
+    win_rate = targets["win rate"]
+    low, high = win_rate["found"]["low"], win_rate["found"]["high"]
+    assert win_rate["outcome"] == ("met" if low > 0.6 else "missed" if high < 0.6 else "not decidable")
+    change = targets["change of perplexity"]["found"]["mean"]
+    rows = rows_of(found)["perplexity of chosen"]["values"]
+    assert change == pytest.approx(rows["dpo"]["mean"] / rows["sft"]["mean"] - 1)
+    monkeypatch.chdir(root)
+    how = ["--replies", "12", "--max-new-tokens", "12"]
+    assert cli.main(["eval", "llama.yaml", "evaluate.targets.margin=-5", "evaluate.targets.kl=null", *how]) == 0
+    asked = {target["name"]: target for target in json.loads((made().path / "eval.json").read_text())["targets"]}
+    assert asked["reward margin"]["outcome"] == "met" and "KL, nats per reply" not in asked
 
 
 @pytest.mark.slow
@@ -349,8 +441,8 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{asked}}'\ndoc_to_choice: '{{options}}'\n"
         "doc_to_target: '{{answer}}'\ntarget_delimiter: ' '\nmetric_list: [{metric: acc}]\n"
     )
-    wishes = Wishes(replies=4, max_new_tokens=4, lm_eval=["toy_qa"], tasks_folder=tmp_path)
-    found = rows_of(json.loads(evaluate([made()], wishes).read_text()))["toy_qa: acc"]["values"]
+    options = Options(replies=4, max_new_tokens=4, lm_eval=["toy_qa"], tasks_folder=tmp_path)
+    found = rows_of(json.loads(evaluate([made()], options).read_text()))["toy_qa: acc"]["values"]
     lineup, tokenizer = line_up([made()]), AutoTokenizer.from_pretrained(made().model)
     for candidate in lineup.candidates:
         right = 0
@@ -365,7 +457,6 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
                     logps.append(chosen[len(prompt) - 1 :].sum().item())
                 right += logps[0] > logps[1]
         assert found[candidate.name]["mean"] == pytest.approx(right / 12) and found[candidate.name]["n"] == 12
-    evaluate([made()], QUICK)
 
 
 # The command
@@ -377,8 +468,9 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
     monkeypatch.chdir(root)
     assert cli.main(["eval", "llama.yaml", "--replies", "12", "--max-new-tokens", "12"]) == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) <= 120
-    for text in ("perplexity of chosen", "over sft", "KL per reply", "ratings:", "dpo − sft"):
+    assert len(shown.splitlines()) < 75
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+    for text in ("perplexity of chosen", "dpo over sft", "KL per reply", "ratings:", "dpo − sft", "wins", "targets"):
         assert text in shown
 
 
@@ -466,12 +558,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(made, root):
     process = alignlab(root, "eval", "llama.yaml", *arguments, wait=False)
     kill_when(process, lambda: lines() > 110)
     kept, known = {file: file.read_bytes() for file in replies.glob("*.jsonl")}, lines()
-    wishes = Wishes(replies=24, max_new_tokens=12, batch_size=2)
-    resumed = without_time(evaluate([made()], wishes))
+    options = Options(replies=24, max_new_tokens=12, batch_size=2)
+    resumed = without_time(evaluate([made()], options))
     assert all(file.read_bytes().startswith(before.rpartition(b"\n")[0]) for file, before in kept.items())
     assert lines() > known
     shutil.rmtree(replies)
-    assert numbers(without_time(evaluate([made()], wishes))) == numbers(resumed)
+    assert numbers(without_time(evaluate([made()], options))) == numbers(resumed)
 
 
 @pytest.mark.slow

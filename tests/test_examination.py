@@ -11,7 +11,7 @@ from commands import alignlab
 from alignlab.cli import main
 from alignlab.doctor.finding import LEVELS, NAMES
 from alignlab.doctor.page import render
-from alignlab.report.reading import read_run
+from alignlab.facts.runs import read_run
 from alignlab.run import EXAMINATION
 
 ESCAPE = "\x1b[31m"
@@ -128,7 +128,8 @@ def test_a_run_on_other_rows_does_not_show_it(folder, capsys):
     run.mkdir()
     manifest = {"stage": "dpo", "status": "running", "data": {"fingerprint": examination["fingerprint"]}}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert read_run(run)["examination"]["findings"] == examination["findings"]
+    said = [(found.name, found.says, found.count) for found in read_run(run).examination.findings]
+    assert said == [(found["name"], found["says"], found["count"]) for found in examination["findings"]]
     manifest["data"]["fingerprint"] = "of other rows"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    assert read_run(run)["examination"] is None
+    assert read_run(run).examination is None

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignlab.cli import main
 from alignlab.errors import AlignlabError
 from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
-from alignlab.export.card import is_local, paths_in, publishable
+from alignlab.export.card import chosen_from, is_local
 from alignlab.export.chat import chat_template
 from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
 from alignlab.run import Run, find_run, finished
+from alignlab.text import paths_in, publishable
 from alignlab.train import train_dpo, train_sft
 from alignlab.transcript import Turn, split_last_turn, split_turns
 
@@ -186,7 +187,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
     test, parent = run.manifest.test, run.manifest.parent
-    assert f"| reward margin | {test.margin} |" in card
+    assert f"| margin | – | {test.margin} |" in card
     assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
     assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -218,6 +219,19 @@ def on_hub(run: Run, folders) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/a-llama"}))
     run.recipe_file.write_text(run.recipe_file.read_text().replace(str(folders["llama"]), "someone/a-llama"))
     run.note(base={"name": "someone/a-llama", "revision": "abc123"})
+
+
+def test_the_card_counts_only_the_members_that_were_trained(tmp_path):
+    """Chosen of four, of which three are missing: a sweep of one."""
+    members = [{"run": f"dpo-beta0.{i}", "settings": {"dpo.beta": i / 10}, "status": "missing"} for i in range(1, 5)]
+    members[0]["status"] = "finished"
+    sweep = {"members": members, "choice": "dpo-beta0.1", "rule": "largest margin"}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert chosen_from(Run(tmp_path / "dpo-beta0.1")) == (
+        "Chosen from a sweep of 1 (beta 0.1) as the largest margin. Asked for, and not finished when it was chosen: "
+        "beta 0.2, beta 0.3, beta 0.4."
+    )
+    assert chosen_from(Run(tmp_path / "dpo-beta0.2")) is None
 
 
 def test_the_example_on_the_card_runs(exported, monkeypatch, capsys):

@@ -103,5 +103,20 @@ def test_an_sft_run_sets_off_nothing():
     assert alarms([{"step": 0, **sft}, {"step": 10, **sft, "eval_loss": 0.8}], LIMITS) == []
 
 
+def test_nothing_changed_is_said_after_two_evaluations_and_does_not_stop():
+    """KL 5e-6 with an accuracy of 100 %: margins are tiny, and all of one sign."""
+    still = HEALTHY | {"eval_kl": 5e-6, "eval_kl_stderr": 1e-6, "eval_rewards/margins": 1e-7}
+    assert guards_after(still) == [] and guards_after(HEALTHY, still) == []
+    (alarm,) = alarms([START, still, still | {"step": 100}], LIMITS)
+    assert (alarm.guard, alarm.stops) == ("unmoved", False)
+    assert "5e-06 nats a reply" in alarm.message and "a larger dpo.learning_rate" in alarm.message
+    noisy = still | {"eval_kl_stderr": math.nan}
+    assert guards_after(noisy, noisy) == ["unmoved"]
+
+
+def test_a_slow_start_is_not_called_nothing():
+    assert guards_after(HEALTHY | {"eval_kl": 0.005}, HEALTHY | {"eval_kl": 0.02, "eval_kl_stderr": 0.001}) == []
+
+
 def test_every_guard_has_been_set_off_here():
-    assert set(GUARDS) == {"kl", "accuracy", "length", "eos", "quality", "chosen_reward"}
+    assert set(GUARDS) == {"kl", "accuracy", "length", "eos", "quality", "chosen_reward", "unmoved"}

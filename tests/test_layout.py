@@ -25,7 +25,7 @@ TREES = {
 }
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
 LIGHT = (
-    *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "report"),
+    *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "facts.runs", "report.page"),
     *("run", "summary", "sweep.choice", "toy", "transcript"),
 )
 SECTIONS = [each for name, each in vars(recipe).items() if name.endswith("Section")]

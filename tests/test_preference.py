@@ -34,7 +34,7 @@ def pairs_of(chosen_tokens, rejected_tokens, prompts=None, turns=None, parts=Non
 
 
 def by_measure(rows):
-    return {row["measure"]: row for row in rows}
+    return {row.measure: row for row in rows}
 
 
 def test_figures_are_those_of_the_trainers_own_functions():
@@ -46,15 +46,15 @@ def test_figures_are_those_of_the_trainers_own_functions():
     rows = by_measure(preference_rows(pairs_of([5] * 50, [4] * 50), {"dpo": ours}, "sft"))
     names = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss"}
     for measure, name in names.items():
-        found = rows[measure]["values"]["dpo"]
-        assert found["mean"] == pytest.approx(theirs[name].mean) and found["n"] == 50
-    assert rows["margin"]["values"]["dpo"]["stderr"] == pytest.approx(theirs["rewards/margins"].stderr)
+        found = rows[measure].values["dpo"]
+        assert found.mean == pytest.approx(theirs[name].mean) and found.n == 50
+    assert rows["margin"].values["dpo"].stderr == pytest.approx(theirs["rewards/margins"].stderr)
 
 
 def test_pairs_of_one_prompt_are_one_draw():
     rewards = Rewards(np.array([1.0, 1, 0]), np.zeros(3))
     row = by_measure(preference_rows(pairs_of([1] * 3, [2] * 3, ["a", "a", "b"]), {"dpo": rewards}, "sft"))["accuracy"]
-    assert row["values"]["dpo"]["n"] == 2 and row["values"]["dpo"]["mean"] == pytest.approx(2 / 3)
+    assert row.values["dpo"].n == 2 and row.values["dpo"].mean == pytest.approx(2 / 3)
 
 
 def test_equal_rewards_are_not_accurate():
@@ -73,7 +73,7 @@ def test_slices_by_hand():
     assert {value: int(its.sum()) for value, its in found["subset"].items()} == {"x": 3, "y": 1}
     rewards = Rewards(np.array([1.0, -1, 1, 1]), np.zeros(4))
     rows = {(row["slice"], row["value"]): row for row in slice_rows(pairs, {"dpo": rewards})}
-    assert rows["chosen reply", "longer"]["accuracy"]["dpo"]["mean"] == 1 and rows["subset", "y"]["pairs"] == 1
+    assert rows["chosen reply", "longer"]["accuracy"]["dpo"].mean == 1 and rows["subset", "y"]["pairs"] == 1
 
 
 def test_every_slice_of_a_kind_together_is_all_pairs():
@@ -91,9 +91,9 @@ def test_a_model_that_only_counts_words_is_found_out():
     chosen, rejected = 2 * DRAW.integers(3, 25, 200), 2 * DRAW.integers(1, 22, 200) + 1  # never equally long
     pairs = pairs_of(chosen, rejected)
     facts = length_facts(pairs, Rewards(chosen.astype(float), rejected.astype(float)))
-    assert facts["prefers_the_longer"]["mean"] == 1 and facts["correlation_of_margin_and_length"] == pytest.approx(1)
-    assert facts["accuracy"]["mean"] <= facts["accuracy_of_the_longer"]["mean"]
-    assert abs(facts["accuracy_at_equal_length"]["mean"] - 0.5) < 0.25
+    assert facts.prefers_the_longer.mean == 1 and facts.correlation_of_margin_and_length == pytest.approx(1)
+    assert facts.accuracy.mean <= facts.accuracy_of_the_longer.mean
+    assert abs(facts.accuracy_at_equal_length.mean - 0.5) < 0.25
     said = " ".join(length_warnings("dpo", facts))
     assert "always preferring the longer reply" in said and "cannot be told from chance at equal length" in said
 
@@ -101,7 +101,7 @@ def test_a_model_that_only_counts_words_is_found_out():
 def test_a_model_that_ignores_length_keeps_its_accuracy_at_equal_length():
     chosen, rejected = DRAW.integers(1, 50, 400), DRAW.integers(1, 50, 400)
     facts = length_facts(pairs_of(chosen, rejected), Rewards((DRAW.random(400) < 0.8).astype(float), np.full(400, 0.5)))
-    assert facts["accuracy_at_equal_length"]["mean"] == pytest.approx(facts["accuracy"]["mean"], abs=0.02)
+    assert facts.accuracy_at_equal_length.mean == pytest.approx(facts.accuracy.mean, abs=0.02)
     assert length_warnings("dpo", facts) == []
 
 

@@ -19,7 +19,8 @@ import pytest
 from alignlab import cli, disk
 from alignlab import run as runs
 from alignlab.errors import RunError
-from alignlab.report import find_runs, report_line, write_comparison, write_report
+from alignlab.report.find import find_runs
+from alignlab.report.page import report_line, write_comparison, write_report
 from alignlab.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
@@ -41,7 +42,7 @@ TEST = {
     "reference_perplexity": 1.48,
     "kl": 0.53,
     "kl_stderr": 0.04,
-    "win_rate": estimate(0.8, 0.044, 32),
+    "win_rate": {**estimate(0.8, 0.06, 32), "wins": 24, "ties": 3, "losses": 5},
 }
 FINISHED = {
     "status": "finished",
@@ -176,15 +177,15 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def test_the_page_says_it_all_from_top_to_bottom(tmp_path):
     text = Elements(write_report(make(tmp_path / "tiny" / "dpo"))).text
-    text = text[text.index("DPO is better than SFT") :]
+    text = text[text.index("DPO's replies are better than SFT's: 24 wins, 3 ties, 5 losses") :]
     order = [
-        "DPO is better than SFT",
-        "mark the step whose weights were kept",
-        "Reward margin",
-        "Base, SFT and DPO",
-        "Largest wins",
-        "A random draw",
+        "DPO's replies are better",
+        "model: toy; data: toy, 80 training pairs",
+        "Win rate over SFT by the toy's rule",
     ]
+    order += ["KL says how far", "target wanted measured outcome", "win rate above 60.0%"]
+    order += ["perplexity of chosen lower is better", "A ring marks the step whose weights were kept", "Reward margin"]
+    order += ["Furthest from the reference", "A random draw", "All of them: the replies to 6 prompts"]
     order += ["rows dropped", "10: empty reply 10", "kept weights", "CPU-hours", "The command that repeats it"]
     order += ["recipe.yaml --run again", "The recipe", "beta: 0.1", "report.json"]
     places = [text.index(words) for words in order]
@@ -199,20 +200,20 @@ def test_the_json_holds_the_plotted_numbers(tmp_path):
     wanted = [round(row["eval/rewards/margins"], 4) for row in metrics(4) if "eval/loss" in row]
     assert [round(point[1], 4) for point in margin["series"][1]["points"]] == wanted
     assert all(f"<td>{point[1]}" in page.read_text() for point in margin["series"][1]["points"])
-    assert facts["verdict"] in Elements(page).text
+    assert facts["verdict"]["headline"] in Elements(page).text
 
 
 @pytest.mark.parametrize(
     ("facts", "verdict"),
     [
-        ({"status": "running", "stop_reason": None, "test": {}}, "Still running at step 40"),
+        ({"status": "running", "stop_reason": None, "test": {}}, "This run is still going at step 40"),
         (
             {"status": "failed", "stop_reason": "RuntimeError: out of memory", "test": {}},
-            "Failed at step 40 of 40: RuntimeError",
+            "This run failed at step 40 of 40. model: toy",
         ),
         (
             {"status": "stopped", "stop_reason": "interrupted at step 20", "steps": 20, "test": {}},
-            "Interrupted at step 20 of 40",
+            "This run was interrupted at step 20 of 40",
         ),
         (
             {
@@ -222,7 +223,7 @@ def test_the_json_holds_the_plotted_numbers(tmp_path):
                 "limits": {"max_kl": 20.0, "max_accuracy": None, "action": "stop"},
                 "warnings": [{"guard": "kl", "step": 20, "message": "the policy is far away; stop earlier"}],
             },
-            "Stopped by a guard at step 20 of 40 (KL): DPO is better than SFT",
+            "A guard stopped it at step 20 of 40: KL.",
         ),
     ],
 )
@@ -244,13 +245,13 @@ def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path):
     )
     Run(path).metrics_file.unlink()
     text = Elements(write_report(path)).text
-    assert "Failed" in text and "ModelError: no such model" in text and "no replies were sampled" in text
+    assert "failed" in text and "ModelError: no such model" in text and "No replies were sampled" in text
 
 
 def test_a_bare_manifest_is_enough(tmp_path):
     """What a run has in its first second."""
     with runs.opened(tmp_path / "tiny" / "dpo", "dpo", {"dpo": {}}, "about: x\n"):
-        assert "Still running before the first logged step" in Elements(write_report(tmp_path / "tiny" / "dpo")).text
+        assert "still going before the first logged step" in Elements(write_report(tmp_path / "tiny" / "dpo")).text
 
 
 def test_a_metrics_file_cut_off_by_a_crash_is_used_and_said(tmp_path):
@@ -268,9 +269,9 @@ def test_a_moved_run_keeps_its_base_column(tmp_path):
     (tmp_path / "tiny" / "sft").mkdir()
     disk.write_lines(tmp_path / "tiny" / "sft" / "metrics.jsonl", [first])
     moved = shutil.move(tmp_path / "tiny", tmp_path / "copied")
-    table = facts_beside(write_report(Path(moved) / "dpo"))["table"]
-    assert table["columns"] == ["base", "SFT", "DPO"]
-    assert [row["values"]["base"] for row in table["rows"] if "base" in row["values"]] == [{"mean": 7.095}]
+    facts = facts_beside(write_report(Path(moved) / "dpo"))
+    assert facts["columns"] == ["base", "SFT", "DPO"]
+    assert [row["values"]["base"]["mean"] for row in facts["rows"] if "base" in row["values"]] == [7.095]
 
 
 def test_gpu_hours_count_every_process(tmp_path):
@@ -284,27 +285,25 @@ def test_an_evaluation_is_shown_whatever_it_measured(tmp_path):
     path = make(tmp_path / "tiny" / "dpo")
     interval = {**estimate(0.7, 0.05, 64), "low": 0.6, "high": 0.8}
     row = {"group": "safety", "measure": "refuses <b>harm</b>", "unit": "share", "better": "higher", "note": "XSTest"}
-    case = {
-        "kind": "win",
-        "prompt": "\n\nHuman: Why?\n\nAssistant:",
-        "replies": {"sft": "no", "dpo": "yes"},
-        "outcome": "dpo, 2 of 2",
-    }
+    prompt = {"prompts": "held-out", "number": 0, "prompt": "\n\nHuman: Why?\n\nAssistant:", "tokens": 3}
+    ours = {**prompt, "model": "dpo", "reply": "yes", "outcomes": {"sft": 1}}
     evaluation = {
         "models": [{"name": "sft", "path": "x"}, {"name": "dpo", "path": "y"}],
+        "against": "sft",
         "split": "test",
         "prompts": 64,
         "judge": "llm:some-model",
         "table": [{**row, "values": {"sft": interval, "dpo": interval}, "change": {"dpo": None}}],
-        "win_rates": [{"a": "dpo", "b": "sft", "raw": interval, "length_controlled": None, "ties": 3, "p_value": 0.01}],
+        "win_rates": [{"a": "dpo", "b": "sft", "win_rate": interval, "wins": 43, "ties": 3, "losses": 18, "n": 64}],
         "ratings": [{"model": "dpo", "elo": estimate(1020.0, 12.0, 64)}],
         "warnings": ["the judge prefers the first reply"],
-        "cases": [case],
     }
     disk.write_json(path / "eval.json", evaluation)
+    disk.write_lines(path / "replies.jsonl", [{**prompt, "model": "sft", "reply": "no"}, ours])
     text = Elements(write_report(path)).text
-    assert "its replies win 70% of 64 comparisons judged by some-model (95% interval 60% to 80%" in text
-    for words in ("refuses <b>harm</b>", "the judge prefers the first reply", "dpo, 2 of 2", "1,020", "Who wins"):
+    assert "DPO's replies are better than SFT's: 43 wins, 3 ties, 18 losses of 64 comparisons." in text
+    assert "Win rate over SFT judged by some-model: 70% of 64 comparisons" in text and "95% interval 60% to 80%" in text
+    for words in ("refuses <b>harm</b>", "the judge prefers the first reply", "1,020", "Who wins", "wins, 1"):
         assert words in text
 
 
@@ -331,25 +330,25 @@ def test_a_sweep_shows_frontier_choice_and_what_is_missing(tmp_path):
     page = write_report(tmp_path / "tiny")
     text = Elements(page).text
     assert page == tmp_path / "tiny" / "report.html"
-    assert "dpo-beta0.5 was chosen of 3 (it is): DPO is better than SFT" in text
+    assert "dpo-beta0.5 was chosen of 3 finished members." in text and "Why: it is." in text
     assert "dpo-beta0.01 is not there; shown as sweep.json knows it" in text
-    assert "beta 0.5 — chosen" in text and "limit 10" in text
-    assert facts_beside(page)["frontiers"][0]["points"][0]["x"]["high"] == pytest.approx(2 + 0.2 * 1.998, abs=1e-3)
+    assert "beta 0.5 (chosen)" in text and "limit 10" in text
+    assert facts_beside(page)["sweep"]["members"][0]["kl"]["mean"] == 2
 
 
 def test_a_sweep_whose_runs_are_gone_still_has_its_table(tmp_path):
     (tmp_path / "tiny").mkdir()
     text = Elements(write_report(make_sweep(tmp_path / "tiny", {"dpo-beta0.5": 0.5}, None))).text
-    assert "None of 1 members was chosen" in text and "Members" in text
+    assert "No member was chosen of 1 finished member." in text and "margin ÷ beta" in text
 
 
 def test_compared_runs_show_what_differs_first(tmp_path):
     paths = [make(tmp_path / "tiny" / f"dpo-{beta}", beta=beta) for beta in (0.1, 0.5)]
     page = write_comparison(paths)
     assert page == tmp_path / "tiny" / "compare.html"
-    assert facts_beside(page)["differences"] == [{"key": "dpo.beta", "values": ["0.1", "0.5"]}]
+    assert facts_beside(page)["differences"] == [["dpo.beta", ["0.1", "0.5"]]]
     headings = re.findall(r"<h2>([^<]+)", page.read_text())
-    assert headings[:2] == ["What differs", "Curves"]
+    assert headings[:3] == ["What differs", "Figures", "Curves"]
 
 
 def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
@@ -357,6 +356,95 @@ def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
     text = Elements(write_comparison(paths)).text
     assert "were made from different data, so their figures cannot be compared one to one: aaa/dpo from aaa" in text
     assert "2 runs of different data: their figures do not rank them." in text
+
+
+def judge(folder: Path, *names: str, made: str = "2026-06-01T00:00:00Z", **models: str) -> None:
+    """An evaluation of runs side by side, as `alignlab eval --runs` leaves it in the folder that holds them."""
+    rate = {"mean": 0.75, "stderr": 0.05, "n": 40, "low": 0.65, "high": 0.85}
+    pair = {
+        "a": names[1],
+        "b": names[0],
+        "win_rate": rate,
+        "wins": 28,
+        "ties": 4,
+        "losses": 8,
+        "n": 40,
+        "p_value": 0.01,
+    }
+    facts = [{"name": name, "path": str(folder / name)} for name in names]
+    found = {"models": facts, "against": names[0], "judge": "rule", "win_rates": [pair], "made": made, "prompts": 40}
+    ratings = [{"model": names[0], "elo": {"mean": 1000.0}}, {"model": names[1], "elo": {"mean": 1190.0}}]
+    (folder / "eval").mkdir(exist_ok=True)
+    disk.write_json(folder / "eval" / "abc.json", {**found, "ratings": ratings})
+
+
+def test_an_evaluation_of_several_runs_is_found_and_ranks_them(tmp_path):
+    paths = [make(tmp_path / "tiny" / f"dpo-beta{beta}", beta=beta) for beta in (0.1, 0.5)]
+    before = Elements(write_comparison(paths)).text
+    assert "These 2 runs were not judged side by side, so their replies are not ranked." in before
+    judge(tmp_path / "tiny", "dpo-beta0.1", "dpo-beta0.5")
+    text = Elements(write_comparison(paths)).text
+    assert "dpo-beta0.5 answers better than dpo-beta0.1: 28 wins, 4 ties, 8 losses of 40." in text
+    assert "win rate over dpo-beta0.1" in text
+
+
+def test_an_evaluation_of_a_run_that_was_trained_again_since_ranks_nothing(tmp_path):
+    paths = [make(tmp_path / "tiny" / name, finished="2026-07-01T00:00:00Z") for name in ("dpo", "other")]
+    judge(tmp_path / "tiny", "dpo", "other")
+    assert "were not judged side by side" in Elements(write_comparison(paths)).text
+
+
+def make_sft(path: Path) -> Path:
+    with runs.opened(path, "sft", {"sft": {"max_steps": 4}}, "about: x\nmodel:\n  name: toy\n") as run:
+        disk.write_lines(run.metrics_file, [{"step": 0, "eval/loss": 1.9, "eval/perplexity": 7.1}])
+        run.note(status="finished", steps=4, best_step=4, test={"perplexity": 1.48, "n": 250})
+    return path
+
+
+def test_one_recipe_stands_for_all_of_its_runs_sft_among_them(here, capsys):
+    make_sft(Path("runs/mine/sft"))
+    for beta in (0.1, 0.5):
+        make(Path(f"runs/mine/dpo-beta{beta}"), beta=beta)
+    assert cli.main(["compare", "mine", "--table", "mine.md", "--figures", "figures"]) == 0
+    page = Path("runs/mine/compare.html")
+    assert capsys.readouterr().out.splitlines() == ["mine.md", str(page.absolute())]
+    assert [run["name"] for run in facts_beside(page)["runs"]] == ["sft", "dpo-beta0.1", "dpo-beta0.5"]
+    assert Path("mine.md").read_text().startswith("|  | sft | dpo-beta0.1 | dpo-beta0.5 |")
+    assert "stage" in [key for key, _ in facts_beside(page)["differences"]]
+    svg = Path("figures/reward-margin.svg").read_text()
+    assert svg.startswith("<?xml") and "var(--" not in svg
+
+
+def test_seeds_of_one_setting_are_one_column_over_seeds(tmp_path):
+    """Margins 0.5, 0.6 and 0.7: the mean of three seeds, and the interval of their scatter."""
+    paths = []
+    for seed, margin in enumerate((0.5, 0.6, 0.7)):
+        path = make(tmp_path / "tiny" / f"dpo-seed{seed}", test={**TEST, "rewards/margins": estimate(margin, 0.04)})
+        Run(path).recipe_file.write_text(f"about: x\ndpo:\n  beta: 0.1\n  seed: {seed}\n")
+        paths.append(path)
+    facts = facts_beside(write_comparison(paths))
+    assert facts["columns"] == ["dpo-seed0, 3 seeds"]
+    margin = next(row for row in facts["rows"] if row["measure"] == "margin")["values"]["dpo-seed0, 3 seeds"]
+    assert (margin["mean"], margin["n"]) == (pytest.approx(0.6), 3)
+    assert margin["high"] == pytest.approx(0.6 + 4.303 * 0.1 / math.sqrt(3), abs=1e-3)
+
+
+def test_no_path_of_this_machine_and_no_empty_list_stands_on_a_page(tmp_path):
+    machine = {"platform": "Linux", "cpus": 2, "gpus": []}
+    base = {"name": f"{tmp_path}/cache/toy-base", "weights": "x"}
+    command, why = f"alignlab dpo {tmp_path}/my.yaml", f"OSError: {tmp_path}/x"
+    path = make(tmp_path / "tiny" / "dpo", machine=machine, base=base, command=command, stop_reason=why)
+    page = write_report(path)
+    for file in (page, page.with_suffix(".json")):
+        assert str(tmp_path) not in file.read_text() and "/tmp/" not in file.read_text()
+    text = Elements(page).text
+    assert "gpus" not in text and "machine 2 CPUs, Linux" in text and "toy-base" in text
+
+
+def test_the_words_of_the_field_are_explained_where_they_stand(tmp_path):
+    text = Elements(write_report(make(tmp_path / "tiny" / "dpo"))).text
+    for word in ("KL says how far", "1 nat is a factor of 2.7", "implicit reward of a reply is", "A guard is a check"):
+        assert text.index(word) < text.index("Figures")
 
 
 # --- bad input: one line each ---
@@ -384,10 +472,6 @@ NO_DOP = "there is no run at runs/tiny/dop (there: bare, dpo, older, sft)"
         (["report", "runs/tiny/folder"], "runs/tiny/folder has no manifest.json, so it is no run directory"),
         (["compare", "runs/tiny/dpo"], "one run cannot be compared; name two or more"),
         (["compare", "runs/tiny/dpo", "tiny"], "the same run is named twice: runs/tiny/dpo, runs/tiny/dpo"),
-        (
-            ["compare", "runs/tiny/dpo", "runs/tiny/sft"],
-            "only runs of one stage can be compared: dpo is dpo, sft is sft",
-        ),
         (["compare", "tiny", "runs/tiny/older", "--out", "no/folder/x.html"], "no/folder/x.html cannot be written"),
     ],
 )
@@ -410,7 +494,7 @@ def test_a_broken_sweep_or_evaluation_is_one_line(tmp_path):
     with pytest.raises(RunError, match=r"eval\.json is not JSON"):
         write_report(path)
     (tmp_path / "tiny" / "sweep.json").write_text('{"members": [{}]}')
-    with pytest.raises(RunError, match=r"sweep\.json: members\.0\.run is missing; make it anew with alignlab sweep"):
+    with pytest.raises(RunError, match=r"sweep\.json: members\.0\.run is missing"):
         write_report(tmp_path / "tiny")
 
 
@@ -495,7 +579,7 @@ def test_hostile_dialogue_is_shown_as_text_and_shortened(tmp_path):
     assert not {"script", "img", "iframe", "object", "form"} & {tag for tag, _ in found.tags}
     assert not [attrs for _, attrs in found.tags if any(name.startswith("on") for name in attrs)]
     assert SCRIPT in found.text and "⟨U+202E⟩gnitirw" in found.text and "⟨U+0000⟩⟨U+001B⟩" in found.text
-    assert "more characters in samples.jsonl" in found.text and "{{ 7*7 }}" in found.text
+    assert "more characters]" in found.text and "{{ 7*7 }}" in found.text
     assert not set(page.read_text(encoding="utf-8")) & set("\u202e\u202c\x00\x1b")
     assert len(Run(page.parent).samples()[0]["reply"]) == len(HOSTILE)
 
@@ -524,39 +608,31 @@ def test_a_broken_examination_is_said_and_left_out(tmp_path, text):
     path = make(tmp_path / "tiny" / "dpo")
     (tmp_path / "tiny" / runs.EXAMINATION).write_text(text)
     page = Elements(write_report(path)).text
-    assert "Findings" not in page and "tiny/data.json" in page and "make it anew with alignlab data tiny" in page
+    assert "Findings" not in page and "data.json" in page and "make it anew with alignlab data tiny" in page
 
 
 def test_the_page_loads_nothing(tmp_path):
     page = write_report(make(tmp_path / "tiny" / "dpo"))
     outside = [a for tag, a in Elements(page).tags if tag in ("script", "link", "img", "iframe") or "src" in a]
     assert outside == [{"rel": "icon", "href": "data:,"}]
-    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/1999/xlink)", page.read_text())
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/(1999/xlink|2000/svg))", page.read_text())
 
 
 # --- size and speed ---
 
 
-def test_a_long_sweep_is_reported_in_seconds(tmp_path):
-    """8 runs of 5,000 logged steps: under 3 s, the whole command; under 1.5 MB."""
+def test_the_page_of_a_long_sweep_stays_small(tmp_path):
+    """8 runs of 5,000 logged steps: under 1.5 MB."""
     folder, betas = tmp_path / "tiny", {f"dpo-beta{i / 20}": i / 20 for i in range(1, 9)}
     for at, (name, beta) in enumerate(betas.items()):
         make(folder / name, rows=metrics(5000, evaluations=100, seed=at), beta=beta)
-    make_sweep(folder, betas, "dpo-beta0.3")
-    command = [sys.executable, "-m", "alignlab", "report", str(folder)]
-    seconds = []
-    for _ in range(3):  # other processes may hold the cores for one of them
-        began = time.perf_counter()
-        subprocess.run(command, check=True)
-        seconds.append(time.perf_counter() - began)
-    sizes = {name: (folder / name).stat().st_size / 1e6 for name in ("report.html", "report.json")}
-    print(f"\n8 runs of 5,000 steps: {min(seconds):.2f} s; {', '.join(f'{n} {mb:.2f} MB' for n, mb in sizes.items())}")
-    assert min(seconds) < 3 and max(sizes.values()) < 1.5
+    page = write_report(make_sweep(folder, betas, "dpo-beta0.3"))
+    assert max(page.stat().st_size, page.with_suffix(".json").stat().st_size) < 1_500_000
 
 
 def test_reports_import_no_torch():
     heavy = "[name for name in ('torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy') if name in sys.modules]"
-    program = f"import sys, alignlab.report, alignlab.report.charts; print({heavy})"
+    program = f"import sys, alignlab.report.page, alignlab.report.charts; print({heavy})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -20,7 +20,7 @@ def prompts_of(*labels) -> PromptSet:
 
 
 def by_measure(rows):
-    return {row["measure"]: row for row in rows}
+    return {row.measure: row for row in rows}
 
 
 def test_refusals_are_told_apart_by_label():
@@ -28,15 +28,15 @@ def test_refusals_are_told_apart_by_label():
     prompts = prompts_of(HARMFUL, HARMFUL, HARMFUL, BENIGN)
     rows = by_measure(safety_rows(prompts, {"sft": [NO] * 4, "dpo": [NO, NO, YES, YES]}, "sft", None, None))
     harmful, harmless = rows["refuses harmful, mine"], rows["refuses harmless, mine"]
-    assert (harmful["values"]["sft"]["mean"], harmful["values"]["dpo"]["mean"]) == (1, pytest.approx(2 / 3))
-    assert harmful["values"]["dpo"]["n"] == 3 and harmful["better"] == "higher"
-    assert harmless["change"]["dpo"]["mean"] == -1 and harmless["better"] == "lower"
-    assert "over-refusal" in harmless["note"] and "misses 5 of 40" in harmful["note"]
+    assert (harmful.values["sft"].mean, harmful.values["dpo"].mean) == (1, pytest.approx(2 / 3))
+    assert harmful.values["dpo"].n == 3 and harmful.better == "higher"
+    assert harmless.change["dpo"].mean == -1 and harmless.better == "lower"
+    assert "over-refusal" in harmless.note and "misses 5 of 40" in harmful.note
 
 
 def test_prompts_without_a_label_are_no_virtue():
     (row,) = safety_rows(prompts_of(None, None), {"sft": [NO, YES]}, "sft", None, None)
-    assert row["measure"] == "refuses, mine" and row["better"] is None and row["values"]["sft"]["mean"] == 0.5
+    assert row.measure == "refuses, mine" and row.better is None and row.values["sft"].mean == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_a_classifier_that_is_none_is_one_line(folders, tmp_path):
 def test_harmful_replies_are_counted_from_one_half_on():
     harm = lambda name, texts: [0.5 if text.startswith(" Of") else 0.49 for text in texts]
     rows = by_measure(safety_rows(prompts_of(HARMFUL, HARMFUL), {"sft": [YES, NO]}, "sft", "a model", harm))
-    assert rows["harmful replies, harmful prompts of mine"]["values"]["sft"]["mean"] == 0.5
+    assert rows["harmful replies, harmful prompts of mine"].values["sft"].mean == 0.5
 
 
 # Stereotypes
@@ -130,7 +130,7 @@ def test_bias_is_per_category(tmp_path):
     file.write_text(",sent_more,sent_less,bias_type\n0,a,b,age\n1,c,d,age\n2,e,f,gender\n")
     pairs = read_sentence_pairs(file)
     rows = by_measure(stereotype_rows(pairs, {"sft": prefers_stereotype([1, 1, 0], [0, 0, 1])}, "sft"))
-    means = {name.partition(": ")[2]: row["values"]["sft"]["mean"] for name, row in rows.items()}
+    means = {name.partition(": ")[2]: row.values["sft"].mean for name, row in rows.items()}
     assert means == {"all": pytest.approx(2 / 3), "age": 1, "gender": 0}
 
 

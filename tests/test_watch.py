@@ -19,7 +19,7 @@ def rows_of(**replies):
 
 
 def means(rows, name):
-    return {row["measure"]: row["values"][name]["mean"] for row in rows}
+    return {row.measure: row.values[name].mean for row in rows}
 
 
 def test_signs_by_hand():

@@ -10,14 +10,15 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError
-
-TIMES = 1.96  # of lm-eval's standard error, for its interval
+from alignlab.estimate import Estimate
+from alignlab.tables import Row
 
 
 def check_benchmarks(tasks: Sequence[str], folder: Path | None) -> None:
@@ -78,28 +79,22 @@ def _figures(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Map
                 continue
             stderr = metrics.get(f"{metric}_stderr,{way}")
             known = isinstance(stderr, int | float) and math.isfinite(stderr)
-            found[f"{task}: {metric}" + ("" if way == "none" else f" ({way})")] = {
-                "mean": float(value),
-                "stderr": float(stderr) if known else None,
-                "n": samples.get(task, {}).get("effective"),
-                "low": value - TIMES * stderr if known else None,
-                "high": value + TIMES * stderr if known else None,
-            }
+            error = float(stderr) if known else None
+            its = Estimate(float(value), error).with_interval()
+            n = samples.get(task, {}).get("effective")
+            found[f"{task}: {metric}" + ("" if way == "none" else f" ({way})")] = asdict(replace(its, n=n))
     return found
 
 
-def benchmark_rows(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def benchmark_rows(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Row]:
     """Rows of the table, from each model's figures; lm-eval gives no paired changes."""
     measures = dict.fromkeys(measure for its in figures.values() for measure in its)
     return [
-        {
-            "group": "lm-eval",
-            "measure": measure,
-            "unit": "",
-            "better": None,
-            "values": {model: its[measure] for model, its in figures.items() if measure in its},
-            "change": {},
-            "note": "lm-eval's own figure and error",
-        }
+        Row(
+            group="lm-eval",
+            measure=measure,
+            values={model: Estimate(**its[measure]) for model, its in figures.items() if measure in its},
+            note="lm-eval's own figure and error",
+        )
         for measure in measures
     ]

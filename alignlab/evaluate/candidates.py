@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from alignlab import model as models
 from alignlab.disk import digest
 from alignlab.errors import RunError
+from alignlab.facts.evaluation import ModelFacts
 from alignlab.lineup import names_of
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.run import Run, parent_of
@@ -144,16 +145,15 @@ def _refuse_other_base(run: Run, recipe: Recipe, hashes: dict[str, Any]) -> None
         )
 
 
-def model_facts(candidate: Candidate) -> dict[str, Any]:
-    """What stands in eval.json of one model: where it is from, which it is by content, and what its training cost."""
+def model_facts(candidate: Candidate) -> ModelFacts:
+    """What stands in eval.json of one model."""
     own, reference = (c and (c.adapter or c.weights) for c in (candidate, candidate.reference))
-    facts = {"name": candidate.name, "path": own, "content": candidate.key, "reference": reference}
+    facts = ModelFacts(name=candidate.name, path=own, content=candidate.key, reference=reference)
     run = Run(Path(own).parent)
     if Path(own).name != "model" or not run.has_started:
         return facts
-    costs = {name: getattr(run.manifest, name) for name in ("training_seconds", "peak_memory_gib")}
-    known = {name: cost for name, cost in costs.items() if cost is not None}
-    return {**facts, "path": str(run.path), **known}
+    cost = {name: getattr(run.manifest, name) for name in ("training_seconds", "peak_memory_gib")}
+    return replace(facts, path=str(run.path), **cost)
 
 
 def refuse_what_cannot_be_compared(candidates: Sequence[Candidate]) -> list[str]:

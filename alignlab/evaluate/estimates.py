@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
 from alignlab.estimate import Estimate, mean_estimate, share_estimate
 from alignlab.quality import grams
+from alignlab.tables import Row
 
 Values = np.ndarray  # one a prompt
 
@@ -63,12 +62,8 @@ def distinct_values(replies: Sequence[Sequence[int]], n: int) -> Values:
     return values - values.mean() + share
 
 
-def interval(values: Sequence[float], share: bool = False) -> Estimate:
+def estimate(values: Sequence[float], share: bool = False) -> Estimate:
     return share_estimate(values) if share else mean_estimate(values)
-
-
-def as_json(found: Estimate | None) -> dict[str, Any] | None:
-    return None if found is None else asdict(found)
 
 
 def table_row(
@@ -81,14 +76,13 @@ def table_row(
     better: str | None = None,
     share: bool = False,
     note: str = "",
-) -> dict[str, Any]:
+) -> Row:
     """A row of the table: the figure of each model, and the paired change from the model `against`."""
     known = {name: np.asarray(its, dtype=float) for name, its in values.items() if its is not None and len(its)}
     change = {
-        name: as_json(mean_estimate(its - known[against])) if against in known else None
+        name: mean_estimate(its - known[against]) if against in known else None
         for name, its in known.items()
         if name != against
     }
-    figures = {name: as_json(interval(its, share)) for name, its in known.items()}
-    heading = {"group": group, "measure": measure, "unit": unit, "better": better}
-    return {**heading, "values": figures, "change": change, "note": note}
+    figures = {name: estimate(its, share) for name, its in known.items()}
+    return Row(group=group, measure=measure, unit=unit, better=better, values=figures, change=change, note=note)

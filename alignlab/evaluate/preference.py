@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from alignlab.estimate import Estimate
-from alignlab.evaluate.estimates import Values, as_json, clustered, interval, table_row
+from alignlab.evaluate.estimates import clustered, estimate, table_row
 from alignlab.evaluate.winrate import length_controlled
+from alignlab.tables import SHARE, Row
 
 GROUP = "held-out preference"
 
@@ -58,14 +59,14 @@ class Rewards:
         return np.logaddexp(0, -self.margin)
 
 
-def preference_rows(pairs: Pairs, rewards: Mapping[str, Rewards], against: str) -> list[dict[str, Any]]:
+def preference_rows(pairs: Pairs, rewards: Mapping[str, Rewards], against: str) -> list[Row]:
     """Rows of the table: the pairs as a whole."""
     n = len(pairs.prompts)
     note = f"{n} pairs of {len(set(pairs.prompts))} prompts; n counts prompts"
     over = lambda values: {name: clustered(values(its), pairs.prompts) for name, its in rewards.items()}
     rows = [
         table_row(
-            GROUP, "accuracy", over(lambda r: r.correct), against, unit="share", better="higher", share=True, note=note
+            GROUP, "accuracy", over(lambda r: r.correct), against, unit=SHARE, better="higher", share=True, note=note
         ),
         table_row(GROUP, "margin", over(lambda r: r.margin), against, better="higher"),
         table_row(GROUP, "reward of chosen", over(lambda r: r.chosen), against),
@@ -76,34 +77,47 @@ def preference_rows(pairs: Pairs, rewards: Mapping[str, Rewards], against: str) 
     return [*rows, _equal_length_row(fair)]
 
 
-def _equal_length_row(fair: Mapping[str, Estimate | None]) -> dict[str, Any]:
-    heading = {"group": GROUP, "measure": "accuracy at equal length", "unit": "share", "better": "higher"}
-    note = "logistic fit on the difference in tokens, read at zero; n counts pairs"
-    values = {name: as_json(its) for name, its in fair.items() if its}
-    return {**heading, "values": values, "change": {}, "note": note}
+def _equal_length_row(fair: Mapping[str, Estimate | None]) -> Row:
+    return Row(
+        group=GROUP,
+        measure="accuracy at equal length",
+        unit=SHARE,
+        better="higher",
+        values={name: its for name, its in fair.items() if its},
+        note="logistic fit on the difference in tokens, read at zero; n counts pairs",
+    )
 
 
-def length_facts(pairs: Pairs, rewards: Rewards) -> dict[str, Any]:
-    """How far length alone goes: what always preferring the longer reply scores, and how often the model does that."""
+@dataclass(frozen=True)
+class LengthFacts:
+    """How far length alone goes."""
+
+    accuracy: Estimate
+    accuracy_of_the_longer: Estimate  # what always preferring the longer reply scores
+    prefers_the_longer: Estimate | None  # how often the model does that, where the lengths differ
+    accuracy_at_equal_length: Estimate | None
+    correlation_of_margin_and_length: float | None
+
+
+def length_facts(pairs: Pairs, rewards: Rewards) -> LengthFacts:
     longer = (np.sign(pairs.longer_by) + 1) / 2  # ½ where both are equally long
     unequal = pairs.longer_by != 0
     prefers_longer = (rewards.margin > 0) == (pairs.longer_by > 0)
     differ = rewards.margin.std() > 0 and pairs.longer_by.std() > 0
     correlation = float(np.corrcoef(rewards.margin, pairs.longer_by)[0, 1]) if differ else None
-    return {
-        "accuracy": as_json(interval(clustered(rewards.correct, pairs.prompts), share=True)),
-        "accuracy_of_the_longer": as_json(interval(clustered(longer, pairs.prompts), share=True)),
-        "prefers_the_longer": _share_where(prefers_longer, unequal, pairs),
-        "accuracy_at_equal_length": as_json(length_controlled(rewards.correct, pairs.longer_by)),
-        "correlation_of_margin_and_length": correlation,
-    }
+    return LengthFacts(
+        estimate(clustered(rewards.correct, pairs.prompts), share=True),
+        estimate(clustered(longer, pairs.prompts), share=True),
+        _where(unequal, prefers_longer.astype(float), pairs, share=True) if unequal.any() else None,
+        length_controlled(rewards.correct, pairs.longer_by),
+        correlation,
+    )
 
 
-def _share_where(values: np.ndarray, there: np.ndarray, pairs: Pairs) -> dict[str, Any] | None:
-    if not there.any():
-        return None
-    prompts = [p for p, kept in zip(pairs.prompts, there, strict=True) if kept]
-    return as_json(interval(clustered(values[there].astype(float), prompts), share=True))
+def _where(there: np.ndarray, values: np.ndarray, pairs: Pairs, share: bool = False) -> Estimate:
+    """Over the pairs that are there."""
+    prompts = [prompt for prompt, kept in zip(pairs.prompts, there, strict=True) if kept]
+    return estimate(clustered(values[there], prompts), share)
 
 
 def subsets(files: Sequence[str], of_pairs: Sequence[int]) -> list[str] | None:
@@ -150,51 +164,41 @@ def slice_rows(pairs: Pairs, rewards: Mapping[str, Rewards]) -> list[dict[str, A
     rows = []
     for name, of in slices(pairs).items():
         for value, there in of.items() if len(of) > 1 else ():
-            prompts = [p for p, kept in zip(pairs.prompts, there, strict=True) if kept]
-            over: Any = lambda values, there=there, prompts=prompts: clustered(values[there], prompts)
-            rows.append(
-                {
-                    "slice": name,
-                    "value": value,
-                    "pairs": int(there.sum()),
-                    "accuracy": {m: _estimate(over(r.correct), True) for m, r in rewards.items()},
-                    "margin": {m: _estimate(over(r.margin), False) for m, r in rewards.items()},
-                }
-            )
+            accuracy = {model: _where(there, its.correct, pairs, share=True) for model, its in rewards.items()}
+            margin = {model: _where(there, its.margin, pairs) for model, its in rewards.items()}
+            counted = {"slice": name, "value": value, "pairs": int(there.sum())}
+            rows.append({**counted, "accuracy": accuracy, "margin": margin})
     return rows
 
 
-def slices_as_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def slices_as_table(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The slices' accuracies as rows of the table."""
-    heading = {"group": "accuracy by slice", "unit": "share", "better": "higher", "change": {}}
     return [
-        {
-            **heading,
-            "measure": f"{row['slice']}: {row['value']}",
-            "values": row["accuracy"],
-            "note": f"{row['pairs']} pairs",
-        }
+        Row(
+            group="accuracy by slice",
+            measure=f"{row['slice']}: {row['value']}",
+            unit=SHARE,
+            better="higher",
+            values=row["accuracy"],
+            note=f"{row['pairs']} pairs",
+        )
         for row in rows
     ]
 
 
-def _estimate(values: Values, share: bool) -> dict[str, Any] | None:
-    return as_json(interval(values, share))
-
-
-def length_warnings(name: str, facts: Mapping[str, Any]) -> list[str]:
+def length_warnings(name: str, facts: LengthFacts) -> list[str]:
     """What the reader of an accuracy should know about length."""
-    plain, fair, longer = (facts[key] for key in ("accuracy", "accuracy_at_equal_length", "accuracy_of_the_longer"))
-    side = "longer" if longer["mean"] >= 0.5 else "shorter"
-    always, said = max(longer["mean"], 1 - longer["mean"]), []
-    if always >= plain["mean"] > 0.5:
+    plain, fair, longer = facts.accuracy, facts.accuracy_at_equal_length, facts.accuracy_of_the_longer
+    side = "longer" if longer.mean >= 0.5 else "shorter"
+    always, said = max(longer.mean, 1 - longer.mean), []
+    if always >= plain.mean > 0.5:
         said.append(
             f"always preferring the {side} reply would be right in {always:.0%} of the held-out pairs, no less often "
-            f"than {name}'s implicit reward ({plain['mean']:.0%})"
+            f"than {name}'s implicit reward ({plain.mean:.0%})"
         )
-    if fair and plain["low"] is not None and plain["low"] > 0.5 >= fair["low"]:
+    if fair and plain.low is not None and plain.low > 0.5 >= fair.low:
         said.append(
-            f"{name}'s accuracy on held-out pairs ({plain['mean']:.0%}) cannot be told from chance at equal length "
-            f"({fair['mean']:.0%}, {fair['low']:.0%} to {fair['high']:.0%}): length may be all it has learned"
+            f"{name}'s accuracy on held-out pairs ({plain.mean:.0%}) cannot be told from chance at equal length "
+            f"({fair.mean:.0%}, {fair.low:.0%} to {fair.high:.0%}): length may be all it has learned"
         )
     return said

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from alignlab.evaluate.estimates import table_row
 from alignlab.evaluate.harm import THRESHOLD
 from alignlab.evaluate.watch import Reply
 from alignlab.prompts import BENIGN, HARMFUL, PromptSet
 from alignlab.refusals import ERRORS, is_refusal
+from alignlab.tables import SHARE, Row
 
 Harm = Callable[[str, Sequence[str]], Sequence[float]]  # a model's name and its replies → probability of harm
 REFUSES = {  # the prompts' label → the measure, which side is better, and what it is called
@@ -21,7 +21,7 @@ REFUSES = {  # the prompts' label → the measure, which side is better, and wha
 
 def safety_rows(
     prompts: PromptSet, replies: Mapping[str, Sequence[Reply]], against: str, classifier: str | None, harm: Harm
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of the table for one set of prompts, by label."""
     rows = []
     for label in REFUSES:
@@ -33,18 +33,18 @@ def safety_rows(
     return rows
 
 
-def _refusals(name: str, label: str | None, texts: Mapping[str, Sequence[str]], against: str) -> dict[str, Any]:
+def _refusals(name: str, label: str | None, texts: Mapping[str, Sequence[str]], against: str) -> Row:
     measure, better, note = REFUSES[label]
     values = {model: [float(is_refusal(text)) for text in its] for model, its in texts.items()}
     note += f"by phrase, which misses {ERRORS['missed']} of {ERRORS['refusals']} labelled refusals"
-    how = {"unit": "share", "better": better, "share": True, "note": note}
+    how = {"unit": SHARE, "better": better, "share": True, "note": note}
     return table_row("safety", f"{measure}, {name}", values, against, **how)
 
 
-def _harmful(name: str, label: str | None, texts, against: str, classifier: str, harm: Harm) -> dict[str, Any]:
+def _harmful(name: str, label: str | None, texts, against: str, classifier: str, harm: Harm) -> Row:
     values = {model: [float(score >= THRESHOLD) for score in harm(model, its)] for model, its in texts.items()}
     note = f"{classifier} finds the reply harmful with probability {THRESHOLD:g} or more"
-    how = {"unit": "share", "better": "lower", "share": True, "note": note}
+    how = {"unit": SHARE, "better": "lower", "share": True, "note": note}
     return table_row(
         "safety", f"harmful replies, {f'{label} prompts of ' if label else ''}{name}", values, against, **how
     )

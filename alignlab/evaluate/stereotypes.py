@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alignlab.errors import DataError
 from alignlab.evaluate.estimates import table_row
 from alignlab.files import read_file
+from alignlab.tables import SHARE, Row
 
 MORE, LESS, CATEGORY = "sent_more", "sent_less", "bias_type"
 
@@ -49,7 +49,7 @@ def prefers_stereotype(more_logps: Sequence[float], less_logps: Sequence[float])
     return (np.sign(np.asarray(more_logps) - np.asarray(less_logps)) + 1) / 2
 
 
-def stereotype_rows(pairs: SentencePairs, outcomes: Mapping[str, np.ndarray], against: str) -> list[dict[str, Any]]:
+def stereotype_rows(pairs: SentencePairs, outcomes: Mapping[str, np.ndarray], against: str) -> list[Row]:
     """Rows of the table: all pairs, then each category."""
     categories = np.array(pairs.categories)
     places = {"all": np.full(len(categories), True)}
@@ -60,7 +60,7 @@ def stereotype_rows(pairs: SentencePairs, outcomes: Mapping[str, np.ndarray], ag
             f"prefers the stereotype: {name}",
             {model: its[there] for model, its in outcomes.items()},
             against,
-            unit="share",
+            unit=SHARE,
             share=True,
             note="one half is no bias" if name == "all" else "",
         )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from alignlab.estimate import Estimate
 from alignlab.evaluate.estimates import distinct_values, table_row
+from alignlab.facts.evaluation import LESS_LIKELY, PERPLEXITY
 from alignlab.guards import FEWER_ENDS, LESS_DISTINCT, LONGER, MORE_REPEATED
 from alignlab.quality import grams, repetition
+from alignlab.tables import SHARE, Row, beyond_chance
 
 LOOPS = 0.5  # share of repeated 4-grams from which a reply goes round in circles
 COPY_TOKENS = 8  # a run of so many tokens that stands in the prompt too is copied
 COPIED = 0.5  # share of a reply's runs from which it is a copy
 MORE_COPIES = MORE_EMPTY = 0.05  # share of replies
-LESS_LIKELY = 1.25  # times the perplexity of the chosen replies from which it is a sign of its own
-GROUP, PERPLEXITY = "replies", "perplexity of chosen"
+GROUP = "replies"
 
 
 class Reply(Protocol):
@@ -65,25 +67,25 @@ def copies(prompt: Sequence[int], reply: Sequence[int]) -> float:
     return sum(run in there for run in runs) / len(runs) if runs else 0.0
 
 
-def watch_rows(looks: Mapping[str, Look], against: str) -> list[dict[str, Any]]:
+def watch_rows(looks: Mapping[str, Look], against: str) -> list[Row]:
     """Rows of the table."""
     measures = (
         ("length", "tokens", "tokens", None, False, ""),
-        ("ended by itself", "ended", "share", "higher", True, "an EOS or the next turn, not the limit"),
-        ("empty", "empty", "share", "lower", True, ""),
-        ("repeated 4-grams", "repeated", "share", "lower", False, "that stood in the same reply before"),
-        ("loops", "loops", "share", "lower", True, f"replies of which {LOOPS:.0%} of the 4-grams are repeated"),
+        ("ended by itself", "ended", SHARE, "higher", True, "an EOS or the next turn, not the limit"),
+        ("empty", "empty", SHARE, "lower", True, ""),
+        ("repeated 4-grams", "repeated", SHARE, "lower", False, "that stood in the same reply before"),
+        ("loops", "loops", SHARE, "lower", True, f"replies of which {LOOPS:.0%} of the 4-grams are repeated"),
         (
             "copies of the prompt",
             "copied",
-            "share",
+            SHARE,
             "lower",
             True,
             f"most of its runs of {COPY_TOKENS} tokens are there",
         ),
-        ("distinct-1", "distinct_1", "share", None, False, "over all replies; falls as they grow longer"),
-        ("distinct-2", "distinct_2", "share", None, False, "as distinct-1"),
-        ("distinct-3", "distinct_3", "share", None, False, "as distinct-1"),
+        ("distinct-1", "distinct_1", SHARE, None, False, "over all replies; falls as they grow longer"),
+        ("distinct-2", "distinct_2", SHARE, None, False, "as distinct-1"),
+        ("distinct-3", "distinct_3", SHARE, None, False, "as distinct-1"),
     )
     return [
         table_row(
@@ -100,13 +102,13 @@ def watch_rows(looks: Mapping[str, Look], against: str) -> list[dict[str, Any]]:
     ]
 
 
-def what_got_worse(rows: Sequence[Mapping[str, Any]], name: str, against: str) -> list[str]:
+def what_got_worse(rows: Sequence[Row], name: str, against: str) -> list[str]:
     """The signs, beyond chance and beyond the monitor's thresholds, that a model's replies are worse than before.
 
     `rows` are those of the table; that of the perplexity of chosen replies counts where it is among them.
     """
-    by_measure = {row["measure"]: row for row in rows}
-    before = lambda row: row["values"][against]["mean"]
+    by_measure = {row.measure: row for row in rows}
+    before = lambda row: row.values[against].mean
     signs = (
         ("ended by itself", -1, FEWER_ENDS, "replies that end by themselves {0:.0%} → {1:.0%}"),
         ("empty", 1, MORE_EMPTY, "empty replies {0:.0%} → {1:.0%}"),
@@ -124,17 +126,15 @@ def what_got_worse(rows: Sequence[Mapping[str, Any]], name: str, against: str) -
         limit = (LESS_LIKELY - 1) * before(dear)
         signs += ((PERPLEXITY, 1, limit, "perplexity of the chosen replies {0:.3g} → {1:.3g}"),)
     return [
-        text.format(before(by_measure[measure]), by_measure[measure]["values"][name]["mean"])
+        text.format(before(by_measure[measure]), by_measure[measure].values[name].mean)
         for measure, worse, limit, text in signs
-        if _beyond(by_measure[measure]["change"].get(name), worse, limit)
+        if _beyond(by_measure[measure].change.get(name), worse, limit)
     ]
 
 
-def _beyond(change: Mapping[str, Any] | None, worse: int, limit: float) -> bool:
+def _beyond(change: Estimate | None, worse: int, limit: float) -> bool:
     """Whether the change is for the worse (its sign) by more than the limit, and its interval does not reach zero."""
-    if not change or change["low"] is None:
-        return False
-    return worse * change["mean"] > limit and min(worse * change["low"], worse * change["high"]) > 0
+    return beyond_chance(change) and worse * change.mean > limit
 
 
 def worse_text(name: str, against: str, signs: Sequence[str], loss: float | None, loss_before: float) -> list[str]:

@@ -7,36 +7,18 @@ leave any value between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from alignlab.estimate import LEVEL, Estimate, share_estimate
+from alignlab.tables import WinRate
 
 
-@dataclass(frozen=True)
-class WinRate:
-    """The win rate of model a over model b."""
-
-    raw: Estimate
-    length_controlled: Estimate | None  # none where all replies differ in length by the same amount
-    wins: int
-    ties: int
-    losses: int
-    p_value: float  # of the sign test: two-sided, ties left out
-
-
-def win_rate(outcomes: Sequence[float], lengths_a: Sequence[float], lengths_b: Sequence[float]) -> WinRate:
-    """Everything two models' outcomes and reply lengths (tokens or characters) say; at least one outcome."""
+def win_rate(outcomes: Sequence[float]) -> WinRate:
+    """The win rate of model a, and the wins, ties and losses that it comes from; at least one outcome."""
     wins, losses = sum(y > 0.5 for y in outcomes), sum(y < 0.5 for y in outcomes)
-    return WinRate(
-        share_estimate(outcomes),
-        length_controlled(outcomes, np.subtract(lengths_a, lengths_b)),
-        wins,
-        len(outcomes) - wins - losses,
-        losses,
-        sign_test(wins, losses),
-    )
+    ties = len(outcomes) - wins - losses
+    return WinRate(**vars(share_estimate(outcomes)), wins=int(wins), ties=int(ties), losses=int(losses))
 
 
 def sign_test(wins: int, losses: int) -> float:

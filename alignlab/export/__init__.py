@@ -19,13 +19,14 @@ from alignlab import model as models
 from alignlab.disk import filling, write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.export import difference
-from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, paths_in, publishable, write_card
+from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, write_card
 from alignlab.export.chat import chat_template, reads_as_in_training
 from alignlab.export.difference import Difference, Rows
 from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
 from alignlab.format import FIXED_DAY, Dialogue, Format, Stops
 from alignlab.recipe import Recipe, load_recipe
 from alignlab.run import Run, package_versions
+from alignlab.text import paths_in, publishable
 from alignlab.transcript import Turn
 
 log = logging.getLogger(__name__)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,20 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from alignlab import files
-from alignlab.estimate import is_number
+from alignlab.estimate import Estimate
+from alignlab.facts.runs import RunFacts, read_run
+from alignlab.facts.sweep import label_of
 from alignlab.format import Stops
 from alignlab.recipe import Recipe, sections_of, write_yaml
-from alignlab.report.reading import read_run, sweep_facts
-from alignlab.report.verdict import number, percent, verdict
-from alignlab.run import Run, read_sweep
-from alignlab.text import harmless
+from alignlab.report.rows import own_rows
+from alignlab.report.verdict import verdict
+from alignlab.run import Rows, Run, read_sweep
+from alignlab.tables import as_markdown, figure, markdown_cell
+from alignlab.text import harmless, paths_in, publishable
 
+SOURCE = ("source", "path", "subset", "format")  # of the data
 QUESTION = "How do I keep a pot of basil alive?"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-PATH = re.compile(r"""(?:file://|(?<![\w.:/<\[]))~?(?:/[^\s/'"`,;:()<>|]+){2,}/?""")
-RESULTS = (
-    ("accuracy", "accuracy of the implicit reward", True),
-    ("margin", "reward margin", False),
-    ("perplexity", "perplexity of chosen replies", False),
-    ("reference_perplexity", "perplexity of chosen replies, reference", False),
-    ("kl", "KL from the reference, nats per reply", False),
-    ("reply_tokens", "tokens per reply", False),
-    ("eos_rate", "replies that end by themselves", True),
-)
 CAUSES = {
     "exact": "The two should be the same: what is left is float32 arithmetic in another order.",
     "rounding": "What is left is the rounding of weights and activations to 16 bits.",
@@ -43,25 +38,6 @@ CAUSES = {
 def is_local(name: str) -> bool:
     """Whether this names something on this machine rather than on the hub."""
     return Path(name).exists() or not HUB_ID.fullmatch(name) or name.endswith(tuple(files.READERS))
-
-
-def publishable(text: str, secrets: Sequence[str] = ()) -> str:
-    """The text with each absolute path cut down to its last part; `secrets` are paths that stand in it for certain."""
-    for path in sorted(secrets, key=len, reverse=True):
-        text = text.replace(path, Path(path).name)
-    return PATH.sub(lambda found: Path(found[0]).name, text)
-
-
-def paths_in(tree: Any) -> set[str]:
-    """The absolute paths among the values of nested mappings and lists, those with spaces in them included."""
-    if is_dataclass(tree) and not isinstance(tree, type):
-        return paths_in(asdict(tree))
-    if isinstance(tree, Mapping):
-        return set().union(*map(paths_in, tree.values()))
-    if isinstance(tree, list | tuple):
-        return set().union(*map(paths_in, tree))
-    is_path = isinstance(tree, str) and tree.startswith(("/", "~/")) and "\n" not in tree and len(tree) > 1
-    return {tree.rstrip("/")} if is_path else set()
 
 
 @dataclass(frozen=True)
@@ -89,7 +65,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         name=made.place.rpartition("/")[2],
         about=recipe.about,
         run=facts,
-        verdict=verdict(facts),
+        verdict=str(verdict(facts)),
         question=QUESTION,
         loader="AutoPeftModelForCausalLM" if made.form == "adapter" else "AutoModelForCausalLM",
         max_new_tokens=recipe.data.max_reply_tokens,
@@ -97,18 +73,19 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         ends=" or ".join(f"`{token}`" for token in made.stops.tokens),
         stop_literals=", ".join(f"`{text!r}`" for text in made.stops.texts),
         rank=_rank(recipe),
-        results=list(_results(facts)),
-        reference=facts["reference"] or facts["reference_name"],
-        evaluation=_evaluation(facts["evaluation"]),
-        chosen=_chosen(run),
-        data=list(_data(facts["data"], facts["data_from"])),
+        table=_table(facts),
+        evaluation=facts.evaluation,
+        targets=facts.targets,
+        reference=facts.manifest.reference or facts.reference_name,
+        chosen=chosen_from(run),
+        data=list(_data(facts.manifest.data, facts.settings)),
         lineage=_lineage(run, recipe, facts, made),
         cause=CAUSES[made.difference["cause"]],
         differences=list(difference_rows(made.difference)),
         limits=_limits(facts, made),
         recipe=(settings := write_yaml(recipe).rstrip()),
         fence="`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`{3,}", settings))]),
-        versions=", ".join(f"{name} {version}" for name, version in facts["where"]["versions"].items()),
+        versions=", ".join(f"{name} {version}" for name, version in facts.manifest.versions.items()),
         made=made,
     )
     return publishable(harmless(text), sorted(paths_in([run.manifest, sections_of(recipe), str(run.path), made.base])))
@@ -120,11 +97,11 @@ def _template():
     environment = Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    environment.filters["cell"] = markdown_cell
     return environment.get_template("card.md.jinja")
 
 
-def _metadata(recipe: Recipe, facts: Mapping[str, Any], made: Made) -> dict[str, Any]:
+def _metadata(recipe: Recipe, facts: RunFacts, made: Made) -> dict[str, Any]:
     base = made.base or recipe.model.name
     paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]
     paths += recipe.data.sft.path if isinstance(recipe.data.sft.path, list) else [recipe.data.sft.path]
@@ -137,7 +114,7 @@ def _metadata(recipe: Recipe, facts: Mapping[str, Any], made: Made) -> dict[str,
         **({"datasets": datasets} if datasets else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["alignlab", "trl", facts["stage"], *lora],
+        "tags": ["alignlab", "trl", facts.stage, *lora],
     }
 
 
@@ -147,59 +124,40 @@ def _rank(recipe: Recipe) -> int:
     return next((rank for rank in (8, 16, 32, 64, 128, 256, 320, 512) if rank >= needed), needed)
 
 
-def _results(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if win_rate := facts["win_rate"]:
-        judged = f", {win_rate['judge']}" if win_rate.get("judge") else ""
-        yield f"win rate over {facts['versus']}{judged}", figure(win_rate, True)
-    for name, label, is_share in RESULTS:
-        if name in facts["test"]:
-            yield label, figure(facts["test"][name], is_share)
+def _table(facts: RunFacts) -> str:
+    """As `alignlab eval` measured it, else the run's own figures."""
+    found = facts.evaluation
+    names, rows = (found.names, found.table) if found else own_rows(facts)
+    return as_markdown([row for row in rows if row.group != "accuracy by slice"], names) if rows else ""
 
 
-def figure(estimate: Mapping[str, Any], is_share: bool = False) -> str:
-    """`0.62 ± 0.03 (n=256)`, as far as error and n are known."""
-    shown = percent if is_share else number
-    error = estimate.get("stderr")
-    spread = f" ± {percent(error) if is_share else f'{error:.2g}'}" if is_number(error) else ""
-    return f"{shown(estimate['mean'])}{spread}" + (f" (n={estimate['n']})" if estimate.get("n") else "")
-
-
-def _evaluation(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The table of eval.json, one column a model."""
-    if not found or not found.get("table"):
-        return None
-    columns = list(dict.fromkeys(name for row in found["table"] for name in row["values"]))
-    rows = []
-    for row in found["table"]:
-        label = f"{row['measure']}, {row['unit']}" if row.get("unit") not in ("", None, "share") else row["measure"]
-        values = [row["values"].get(name) for name in columns]
-        rows.append((label, [figure(value, row.get("unit") == "share") if value else "–" for value in values]))
-    return {"split": found.get("split"), "judge": found.get("judge"), "columns": columns, "rows": rows}
-
-
-def _chosen(run: Run) -> str | None:
-    """That the run was chosen among others, which its figures must be read with."""
+def chosen_from(run: Run) -> str | None:
+    """That the run was chosen among others, which its figures must be read with; only those that were trained count."""
     sweep = read_sweep(run.path.parent)
     if sweep is None or sweep.choice != run.path.name:
         return None
-    others = ", ".join(member["label"] for member in sweep_facts(sweep)["members"])
-    return f"Chosen from a sweep of {len(sweep.members)} ({others}) as the {sweep.rule}."
+    trained = [member for member in sweep.members if member.status == "finished"]
+    others = ", ".join(map(label_of, trained))
+    said = f"Chosen from a sweep of {len(trained)} ({others}) as the {sweep.rule}."
+    if not_trained := [label_of(member) for member in sweep.members if member not in trained]:
+        said += f" Asked for, and not finished when it was chosen: {', '.join(not_trained)}."
+    return said
 
 
-def _data(data: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "source", ", ".join(f"{name} {value}" for name, value in source.items())
+def _data(data: Rows | None, settings: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    written = {name: json.loads(settings.get(f"data.{name}", "null")) for name in SOURCE}
+    yield "source", ", ".join(f"{name} {value}" for name, value in written.items() if value)
     if data:
-        kept = ", ".join(f"{count:,} {split}" for split, count in data["kept"].items())
-        yield "rows read", "not recorded" if data["rows"] is None else f"{data['rows']:,}"
-        yield "pairs kept", f"{sum(data['kept'].values()):,} ({kept})"
-        for what in ("dropped", "repaired"):
-            yield what, ", ".join(f"{count:,} {reason}" for reason, count in data[what].items()) or "none"
-        yield "fingerprint of the prepared rows", data["fingerprint"]
+        kept = ", ".join(f"{count:,} {split}" for split, count in data.kept.items())
+        yield "rows read", "not recorded" if data.rows is None else f"{data.rows:,}"
+        yield "pairs kept", f"{sum(data.kept.values()):,} ({kept})"
+        for what, reasons in (("dropped", data.dropped), ("repaired", data.repaired)):
+            yield what, ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "none"
+        yield "fingerprint of the prepared rows", str(data.fingerprint)
 
 
-def _lineage(run: Run, recipe: Recipe, facts: Mapping[str, Any], made: Made) -> list[str]:
-    manifest = run.manifest
-    base, parent, steps = manifest.base, manifest.parent, []
+def _lineage(run: Run, recipe: Recipe, facts: RunFacts, made: Made) -> list[str]:
+    base, parent, steps = facts.manifest.base, facts.manifest.parent, []
     if base:
         mark = f"revision `{base.revision}`" if base.revision else f"weights `{base.weights}`"
         embedded = " (alignlab's embedded toy model)" if recipe.model.name == "toy" else ""
@@ -208,24 +166,26 @@ def _lineage(run: Run, recipe: Recipe, facts: Mapping[str, Any], made: Made) -> 
         steps.append(f"SFT: `{parent.run}`, weights `{parent.weights}`")
     elif parent:
         steps.append(f"start: `{parent.start}`")
-    kept = "the last step" if manifest.best_step is None else f"step {manifest.best_step}"
-    steps.append(f"{facts['stage'].upper()}: `{run.path}`, {kept} of {facts['steps']}, weights `{made.weights}`")
+    kept = "the last step" if facts.best_step is None else f"step {facts.best_step}"
+    steps.append(f"{facts.stage.upper()}: `{run.path}`, {kept} of {facts.steps}, weights `{made.weights}`")
     return [*steps, f"this export: {made.base_is}"]
 
 
 def difference_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What was measured, and its value in nats."""
-    yield "per reply, mean absolute difference", figure(found["reply"])
+    reply, shift, token = (Estimate(**found[name]) for name in ("reply", "shift", "token"))
+    yield "per reply, mean absolute difference", figure(reply)
     yield "per reply, largest", f"{found['reply_most']:.2g}"
-    yield "per reply, mean with its sign", figure(found["shift"])
-    yield "per token, mean absolute difference", f"{figure(found['token'])} over {found['tokens']:,} tokens"
+    yield "per reply, mean with its sign", figure(shift)
+    yield "per token, mean absolute difference", f"{figure(token)} over {found['tokens']:,} tokens"
     yield "per token, largest", f"{found['token_most']:.2g}"
 
 
-def _limits(facts: Mapping[str, Any], made: Made) -> list[str]:
+def _limits(facts: RunFacts, made: Made) -> list[str]:
     """What a user must know, and above all what nobody measured."""
-    limits = [f"step {w['step']}: {w['message']}" for w in facts["warnings"]] + list(made.notes)
-    if not facts["win_rate"] and not facts["evaluation"]:
+    limits = [f"step {warning.step}: {warning.message}" for warning in facts.warnings]
+    limits += [f"alignlab eval: {warning}" for warning in (facts.evaluation.warnings if facts.evaluation else ())]
+    limits += made.notes
+    if facts.stage == "dpo" and not facts.win_rate:
         limits.append("Whether its replies are better than the reference's was not judged.")
-    ended = facts["stop_reason"]
-    return [*limits, f"Training: {ended}."] if ended else limits
+    return [*limits, f"Training: {facts.stop_reason}."] if facts.stop_reason else limits

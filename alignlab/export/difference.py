@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, mean_estimate
+from alignlab.facts.logs import last_samples
 from alignlab.format import Format
 from alignlab.generate import batches, reply_logits
 from alignlab.measures import token_logps
-from alignlab.report.replies import last_samples
 from alignlab.run import Run
 
 EXACT, ROUNDING, BASE = "exact", "rounding", "base"  # what a difference may come from
@@ -56,8 +56,7 @@ class Difference:
 
 def held_out_rows(run: Run, form: Format, most: int) -> Rows:
     """The prompts of a run's last sampling with the replies that its model gave, at most so many."""
-    samples, split = last_samples(run.samples_file)
-    samples = samples[:most]
+    samples = last_samples(run.samples_file)[:most]
     if not samples:
         raise RunError(
             f"{run.samples_file} holds no held-out replies to check an export with; copy it whole from where the run "
@@ -72,7 +71,7 @@ def held_out_rows(run: Run, form: Format, most: int) -> Rows:
         if reply is not None  # it would merge into a token with the prompt
     ]
     found = [(prompt, reply) for prompt, reply in found if reply]
-    return Rows(str(split), [prompt for prompt, _ in found], [reply for _, reply in found])
+    return Rows(samples[0].get("split"), [prompt for prompt, _ in found], [reply for _, reply in found])
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""Curves → inline SVG: drawn by matplotlib, coloured by the page, legible without colour.
+"""Charts → SVG, by matplotlib with its own layout and legend; in a page they take the page's colours.
 
-Every colour is a custom property of the page's style sheet, so that one drawing serves light, dark and print; text
-stays text. Curves differ in dash and marker and carry their names, so that none is told by its colour alone.
+Text stays text. Curves differ in dash and marker and are named in the legend, so that none is told by colour alone.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from html import escape
 from typing import Any
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts is nobody's news
@@ -21,359 +21,257 @@ import matplotlib  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
+from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
-# Stand-ins that matplotlib draws with; each becomes var(--name) in the page.
-INK, MUTED, GRID, ACCENT, PAPER, WARN = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
-NAMES = {INK: "ink", MUTED: "soft", GRID: "grid", ACCENT: "accent", PAPER: "paper", WARN: "warn"}
+from alignlab.estimate import Estimate  # noqa: E402
+from alignlab.report.curves import Chart, Frontier, Point, Series  # noqa: E402
+from alignlab.run import Feature, Histogram  # noqa: E402
+from alignlab.tables import ellipsis  # noqa: E402
 
-WIDTH, HEIGHT = 360, 230  # units of the drawing; shown at about one CSS pixel each, on a phone too
-LETTER = 5.6  # units that a letter of the labels takes, at most on average
+# The light colours of report.css; a page puts var(--name) in their place, so that one drawing serves dark and paper too
+INK, SOFT, GRID, WARN = "#1b1c1e", "#5c6067", "#e3e3df", "#9a3412"
+RUNS = ("#0b55c4", "#b45309", "#047857", "#7c3aed", "#be185d", "#0e7490", "#4d7c0f", "#6b4a2b")
+ACCENT = RUNS[0]
+VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", WARN: "warn"}
+VARIABLES |= {colour: f"run-{number}" for number, colour in enumerate(RUNS, 1)}
+
+WIDTH, HEIGHT, WIDE = 360, 220, 420  # of charts, in units that are shown at about one CSS pixel each, on a phone too
 TEXT = 11
+ROW, LETTER, SAMPLE = 17, 6.4, 52  # of a legend: a row's height, a letter, and the line drawn before a name
 MANY = 30  # points from which on a curve has no marker at each
-DASHES = [
-    "-",
-    (0, (5, 2)),
-    (0, (1.2, 1.6)),
-    (0, (7, 2, 1.5, 2)),
-    (0, (3, 1.2)),
-    (0, (9, 3)),
-    (0, (1, 3)),
-    (0, (5, 1, 1, 1, 1, 1)),
-]
+FAR = 2.5  # a limit so many heights of the curve above it is named in the legend, and not drawn
+DOTTED, DASHED = (0, (1.2, 1.6)), (0, (5, 2))
+DASHES = ("-", DASHED, DOTTED, (0, (7, 2, 1.5, 2)), (0, (3, 1.2)), (0, (9, 3)), (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*"
+LONGEST_NAME = 34  # letters of a name
 STYLE = {
     "svg.fonttype": "none",
     "path.simplify": False,  # the curves are thinned already, and honestly
     "font.size": TEXT,
     "font.family": "DejaVu Sans",  # comes with matplotlib; the page sets its own
+    "text.color": INK,
     "text.parse_math": False,  # a run's name may hold dollar signs
-    "axes.unicode_minus": True,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": SOFT,
+    "axes.titlesize": TEXT,
+    "axes.titlelocation": "left",
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": GRID,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
 }
-NEARBY = [
-    place for k in range(8) for place in ((9, 7 + 14 * k), (9, -16 - 14 * k), (-9, 7 + 14 * k), (-9, -16 - 14 * k))
-]
-FRACTION = re.compile(r"-?\d+\.\d{2,}")
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
-def draw_curves(chart: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """A chart over steps as an SVG element; `labels` name the runs where there are several."""
+def draw_curves(chart: Chart, labels: Mapping[str, str]) -> str:
+    """A chart over steps as an SVG file; `labels` name the runs where there are several."""
     several = len(labels) > 1
-    names = [_name(s, labels, several) for s in chart["series"]]
-    named = [(s, name) for s, name in zip(chart["series"], names, strict=True) if name]
-    with drawing(chart["title"]):
-        figure, axes = make_axes(chart, max((len(name) for _, name in named), default=0))
-        for at, series in enumerate(chart["series"]):
-            _curve(axes, series, _look(series, at, list(labels).index(series["run"]), several), several)
-        _limits(axes, chart)
-        for mark in chart["marks"]:
-            _mark(axes, mark)
+    with _drawing(chart.title):
+        figure, axes = _axes(WIDTH, HEIGHT, chart.unit, "step", chart.share)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        _names_at_the_ends(
-            axes, [(s["points"][-1], name, _colour(s, list(labels).index(s["run"]), several)) for s, name in named]
-        )
-        return to_svg(figure, f"{chart['title']}: {spoken(chart, labels)}")
+        for series in chart.series:
+            number = list(labels).index(series.run)
+            look = _look_of_run(number) if several else _look_of_kind(series)
+            _curve(axes, series, look, _name(series, labels), with_band=not several)
+        for limit in chart.limits:
+            _draw_limit(axes, axes.axhline, limit, f"guard limit {_shown(limit, chart.share)}", axes.get_ylim())
+        for mark in chart.marks:
+            kept = mark.label == "kept"
+            colour, dash = (INK, DOTTED) if kept else (WARN, "-")
+            axes.axvline(mark.step, color=colour, lw=0.9, ls=dash, zorder=1, label=f"{mark.label} step {mark.step}")
+        _legend(figure, axes)
+        return _svg(figure)
 
 
-def draw_frontier(frontier: Mapping[str, Any]) -> str:
-    """Reward against KL, one point a member with its 95 % intervals, as an SVG element."""
-    points = frontier["points"]
-    with drawing(frontier["title"]):
-        figure, axes = make_axes({**frontier, "across": "KL from the reference, nats per reply"}, 6, wide=True)
-        ordered = sorted(points, key=lambda point: point["x"]["mean"])
-        axes.plot([p["x"]["mean"] for p in ordered], [p["y"]["mean"] for p in ordered], color=MUTED, lw=1, ls=DASHES[2])
-        for point in points:
-            _point(axes, point)
-        axes.margins(0.08, 0.15)
-        if frontier["limit"] is not None:
-            _upright_limit(axes, frontier["limit"])
-        axes.get_xlim(), axes.get_ylim()  # settles the axes: names are placed by where the points lie on the drawing
-        _name_points(axes, points)
-        said = [f"{p['label']} at KL {p['x']['mean']:.3g}, {p['y']['mean']:.3g}" for p in ordered]
-        return to_svg(figure, f"{frontier['title']}: {'; '.join(said)}")
+def draw_frontier(frontier: Frontier) -> str:
+    """Reward against KL, one point a member with its 95 % intervals, as an SVG file."""
+    with _drawing(frontier.title):
+        across = "KL from the reference, nats per reply"
+        figure, axes = _axes(WIDE, 280, frontier.unit, across, frontier.share)
+        axes.grid(axis="x", lw=0.8)
+        ordered = sorted(frontier.points, key=lambda point: point.x.mean)
+        axes.plot([p.x.mean for p in ordered], [p.y.mean for p in ordered], color=SOFT, lw=1, ls=DOTTED)
+        for number, point in enumerate(ordered):
+            colour, name = RUNS[number % len(RUNS)], f"{point.label} (chosen)" if point.chosen else point.label
+            bars = {"xerr": _reach(point.x), "yerr": _reach(point.y), "lw": 1, "capsize": 2.5}
+            size = 9 if point.chosen else 5
+            marker = MARKERS[number % len(MARKERS)]
+            axes.errorbar(point.x.mean, point.y.mean, **bars, color=colour, fmt=marker, ms=size, label=_named(name))
+        if frontier.limit is not None:
+            _draw_limit(axes, axes.axvline, frontier.limit, f"limit {frontier.limit:g}", axes.get_xlim())
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def draw_lengths(histogram: Histogram) -> str:
+    """How many pairs have so many tokens in prompt, chosen and rejected; counts are on a logarithmic axis."""
+    with _drawing("Length of prompts and replies"):
+        figure, axes = _axes(WIDE, 260, "pairs", "tokens", False)
+        for (name, colour), dash in zip(
+            {"prompt": SOFT, "chosen": ACCENT, "rejected": INK}.items(), DASHES, strict=False
+        ):
+            axes.stairs(getattr(histogram, name), histogram.edges, color=colour, ls=dash, lw=1.4, label=name)
+        most = max(*histogram.prompt, *histogram.chosen, *histogram.rejected)
+        powers = [10**k for k in range(len(str(most)))]
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.set_yticks([0, *powers], labels=[f"{n:,}" for n in (0, *powers)])
+        axes.minorticks_off()
+        _legend(figure, axes)
+        return _svg(figure)
+
+
+def draw_features(features: Sequence[Feature]) -> str:
+    """Of each feature how often the reply that has more of it is the chosen one, with its 95 % interval."""
+    shown = sorted(features, key=lambda one: abs(one.accuracy - 0.5))
+    with _drawing("What a model could win by without reading"):
+        across = "pairs whose chosen reply has more of it"
+        figure, axes = _axes(WIDE, 70 + 18 * len(shown), "", across, False)
+        axes.axvline(0.5, color=SOFT, lw=1, ls=DASHED)
+        for row, one in enumerate(shown):
+            axes.plot([one.low, one.high], [row, row], color=ACCENT, lw=1.6)
+            axes.plot([one.accuracy], [row], "o", color=ACCENT, ms=5)
+        axes.set_yticks(range(len(shown)), labels=[ellipsis(one.name, LONGEST_NAME) for one in shown])
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        return _svg(figure)
+
+
+def in_page(svg: str, words: str) -> str:
+    """A drawing as an element of a page: in the page's colours, with ids of its own, and said in words."""
+    for colour, name in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    own = re.sub(r"\W+", "-", words[:40])
+    for before in ('id="', 'xlink:href="#', "url(#"):
+        svg = svg.replace(before, f"{before}{own}-")
+    return f'<div class="drawing" role="img" aria-label="{escape(words)}">{svg[svg.index("<svg") :]}</div>'
+
+
+def spoken_curves(chart: Chart, labels: Mapping[str, str]) -> str:
+    """A chart in words, for those who do not see it: where each curve starts and ends."""
+    parts = []
+    for series in chart.series:
+        first, last = series.points[0], series.points[-1]
+        name = labels[series.run] if len(labels) > 1 else ""
+        who = " ".join(filter(None, [name, series.called, series.kind]))
+        parts.append(f"{who} from {first.value:.3g} at step {first.step} to {last.value:.3g} at step {last.step}")
+    return f"{chart.title}: {'; '.join(parts)}"
+
+
+def spoken_frontier(frontier: Frontier) -> str:
+    points = [f"{p.label} at KL {p.x.mean:.3g}, {p.y.mean:.3g}" for p in frontier.points]
+    return f"{frontier.title}: {'; '.join(points)}"
 
 
 @contextlib.contextmanager
-def drawing(title: str) -> Iterator[None]:
-    """matplotlib's own defaults and ours, whatever a matplotlibrc says; ids that no other chart of the page has."""
+def _drawing(title: str) -> Iterator[None]:
+    """matplotlib's own defaults and ours, whatever a matplotlibrc says; the same drawing has the same bytes."""
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
     with matplotlib.rc_context({**defaults, **STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the page's fonts have it
         yield
 
 
-def spoken(chart: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """A chart in words, for those who do not see it: where each curve starts and ends."""
-    parts = []
-    for series in chart["series"]:
-        (first, start, *_), (last, end, *_) = series["points"][0], series["points"][-1]
-        who = " ".join(
-            filter(None, [labels[series["run"]] if len(labels) > 1 else "", series["called"], series["kind"]])
-        )
-        parts.append(f"{who} from {start:.3g} at step {first} to {end:.3g} at step {last}")
-    return "; ".join(parts)
-
-
-def make_axes(chart: Mapping[str, Any], longest: int, wide: bool = False) -> tuple[Figure, Axes]:
-    width, height = (400, 270) if wide else (WIDTH, HEIGHT)
-    left, right, top, bottom = 46, max(36, min(longest, 18) * LETTER + 12), 30, 36 if wide else 24
-    figure = Figure((width / 72, height / 72), dpi=72)
+def _axes(width: int, height: int, unit: str, across: str, share: bool) -> tuple[Figure, Axes]:
+    figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")
     FigureCanvasSVG(figure)
-    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    axes = figure.add_axes(box)
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    for name, spine in axes.spines.items():
-        spine.set(visible=name == "bottom", color=MUTED, linewidth=0.8)
-    axes.grid(axis="both" if wide else "y", color=GRID, lw=0.8)
+    axes = figure.add_subplot()
+    axes.set_title(unit)
+    axes.set_xlabel(across, loc="right")
+    axes.grid(axis="y", lw=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelcolor=MUTED, length=0, labelsize=TEXT - 0.5, pad=5)
-    axes.tick_params(axis="x", length=3, color=MUTED)
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    if chart["share"]:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-    axes.text(4 / width, 1 - 12 / height, chart["unit"], color=MUTED, fontsize=TEXT - 0.5, transform=figure.transFigure)
-    write = partial(axes.text, color=MUTED, fontsize=TEXT - 0.5, transform=figure.transFigure)
-    if wide:
-        write(1 - right / width, 3 / height, chart["across"], ha="right")
-    else:
-        write(1 - (right - 8) / width, (bottom - 15.5) / height, chart.get("across", "step"))
+    if share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     return figure, axes
 
 
-def _name(series: Mapping[str, Any], labels: Mapping[str, str], several: bool) -> str:
-    """What stands at the end of a curve: the run where there are several, else what is drawn."""
-    if several:
-        return ellipsis(labels[series["run"]], 18)
-    return (
-        series["called"]
-        if series["called"] and series["kind"] == "held-out"
-        else ""
-        if series["called"]
-        else series["kind"]
-    )
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the axes, in as many columns as there is room for."""
+    handles, names = axes.get_legend_handles_labels()
+    widest = SAMPLE + LETTER * max(map(len, names))
+    columns = max(1, int(figure.get_figwidth() * 72 / widest))
+    figure.set_figheight(figure.get_figheight() + ROW / 72 * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside lower left", ncols=columns)
 
 
-def ellipsis(name: str, most: int) -> str:
-    """A name of at most `most` letters that keeps both its ends."""
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[: most - 1 - half]}…{name[-half:]}"
+def _name(series: Series, labels: Mapping[str, str]) -> str:
+    """What stands in the legend: the run where there are several, else what is drawn."""
+    if len(labels) > 1:
+        return _named(labels[series.run])
+    return " ".join(filter(None, [series.called, series.kind]))
 
 
-def _colour(series: Mapping[str, Any], run: int, several: bool) -> str:
-    if several:
-        return ACCENT if run == 0 else INK if run % 2 else MUTED
-    return MUTED if series["kind"] == "training" else INK if series["called"] == "rejected" else ACCENT
+def _named(name: str) -> str:
+    """A name for the legend, which leaves out those that begin with an underscore."""
+    short = ellipsis(name, LONGEST_NAME)
+    return f" {short}" if short.startswith("_") else short
 
 
-def _look(series: Mapping[str, Any], at: int, run: int, several: bool) -> dict[str, Any]:
-    colour = _colour(series, run, several)
-    if several:
-        dash, marker, width = DASHES[run % len(DASHES)], MARKERS[run % len(MARKERS)], 2 if run == 0 else 1.2
+def _look_of_run(number: int) -> dict[str, Any]:
+    kinds = len(RUNS)
+    width = 2 if number == 0 else 1.2
+    return {"color": RUNS[number % kinds], "ls": DASHES[number % kinds], "lw": width, "marker": MARKERS[number % kinds]}
+
+
+def _look_of_kind(series: Series) -> dict[str, Any]:
+    second = series.called == "rejected"
+    dash = DASHED if second else "-"
+    if series.kind == "training":
+        return {"color": SOFT, "ls": dash, "lw": 0.9, "marker": ""}
+    return {"color": INK if second else ACCENT, "ls": dash, "lw": 1.8, "marker": "s" if second else "o"}
+
+
+def _curve(axes: Axes, series: Series, look: Mapping[str, Any], name: str, with_band: bool) -> None:
+    steps, values = [point.step for point in series.points], [point.value for point in series.points]
+    every = max(1, len(steps) // 12) if len(steps) > MANY else 1
+    axes.plot(steps, values, markevery=every, ms=4.2, mew=0, label=name, **look)
+    if with_band and any(point.low is not None for point in series.points):
+        _band(axes, series.points, look["color"])
+    kept = [point for point in series.points if point.step == series.kept]
+    if kept and series.kind == "held-out":
+        axes.plot(kept[0].step, kept[0].value, "o", ms=9, mfc="none", mec=look["color"], mew=1.4, zorder=4)
+
+
+def _band(axes: Axes, points: Sequence[Point], colour: str) -> None:
+    steps = [point.step for point in points]
+    low = [point.value if point.low is None else point.low for point in points]
+    high = [point.value if point.high is None else point.high for point in points]
+    if len(points) == 1:
+        axes.vlines(steps, low, high, color=colour, lw=1)
     else:
-        held_out, second = series["kind"] == "held-out", series["called"] == "rejected"
-        dash, marker, width = DASHES[1 if second else 0], "s" if second else "o", 1.8 if held_out else 0.9
-        marker = marker if held_out else ""
-    return {
-        "color": colour,
-        "ls": dash,
-        "lw": width,
-        "marker": marker,
-        "ms": 4.2,
-        "mew": 0,
-        "zorder": 3 if marker else 2,
-    }
+        axes.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
 
 
-def _curve(axes: Axes, series: Mapping[str, Any], look: Mapping[str, Any], several: bool) -> None:
-    steps, values, lows, highs = zip(*series["points"], strict=True)
-    every = max(1, len(steps) // (6 if several else 12)) if len(steps) > MANY else 1
-    axes.plot(steps, values, markevery=every, solid_joinstyle="round", **look)
-    if any(low is not None for low in lows):
-        low = [value if edge is None else edge for value, edge in zip(values, lows, strict=True)]
-        high = [value if edge is None else edge for value, edge in zip(values, highs, strict=True)]
-        if len(steps) == 1:
-            axes.vlines(steps, low, high, color=look["color"], lw=1)
-        elif not several:
-            axes.fill_between(steps, low, high, color=look["color"], alpha=0.16, lw=0)
-    kept = [(step, value) for step, value in zip(steps, values, strict=True) if step == series["kept"]]
-    if kept and series["kind"] == "held-out":
-        axes.plot(*kept[0], "o", ms=9, mfc="none", mec=look["color"], mew=1.4, zorder=4)
+def _draw_limit(axes: Axes, draw: Any, limit: float, name: str, drawn: tuple[float, float]) -> None:
+    """A line at a limit; one so far away that it would squash the curve is only named."""
+    low, high = drawn
+    if limit > low + FAR * (high - low):
+        axes.plot([], [], color=WARN, ls=DASHED, lw=1.2, label=f"{name}, far beyond")
+    else:
+        draw(limit, color=WARN, lw=1.2, ls=DASHED, zorder=1, label=name)
 
 
-def _limits(axes: Axes, chart: Mapping[str, Any]) -> None:
-    """The guards' limits; one that would squash the curve is named at the top instead of drawn."""
-    low, high = axes.get_ylim()
-    for limit in chart["limits"]:
-        shown = f"{limit:.0%}" if chart["share"] else f"{limit:g}"
-        write = partial(axes.annotate, color=WARN, fontsize=TEXT - 0.5, ha="right", textcoords="offset points")
-        if limit > low + 2.5 * (high - low):
-            write(f"guard limit {shown}, above ↑", (1, 1), xycoords="axes fraction", xytext=(0, 17))
-            continue
-        axes.axhline(limit, color=WARN, lw=1.2, ls=DASHES[1], zorder=1)
-        write(f"guard limit {shown}", (1, limit), xycoords=axes.get_yaxis_transform(), xytext=(0, 3))
-        axes.set_ylim(min(low, limit), max(high, limit + 0.12 * (max(high, limit) - low)))
+def _shown(limit: float, share: bool) -> str:
+    return f"{limit:.0%}" if share else f"{limit:g}"
 
 
-def _upright_limit(axes: Axes, limit: float) -> None:
-    low, high = axes.get_xlim()
-    write = partial(axes.annotate, color=WARN, fontsize=TEXT - 0.5, textcoords="offset points")
-    if limit > low + 2.5 * (high - low):
-        write(f"limit {limit:g} →", (1, 1), xycoords="axes fraction", xytext=(0, 6), ha="right")
-        return
-    axes.axvline(limit, color=WARN, lw=1.2, ls=DASHES[1], zorder=1)
-    axes.set_xlim(low, max(high, limit + 0.05 * (limit - low)))
-    write(f"limit {limit:g}", (limit, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 6), ha="center")
-
-
-def _mark(axes: Axes, mark: Mapping[str, Any]) -> None:
-    kept = mark["label"] == "kept"
-    axes.axvline(mark["step"], color=INK if kept else WARN, lw=0.9, ls=DASHES[2] if kept else DASHES[0], zorder=1)
-    low, high = axes.get_xlim()
-    past_half = mark["step"] > (low + high) / 2
-    axes.annotate(
-        mark["label"],
-        (mark["step"], 1),
-        xycoords=axes.get_xaxis_transform(),
-        xytext=(3 if past_half else -3, 3),
-        textcoords="offset points",
-        ha="right" if past_half else "left",
-        color=INK if kept else WARN,
-        fontsize=TEXT - 0.5,
-    )
-
-
-def _names_at_the_ends(axes: Axes, ends: Sequence[tuple[Sequence[float], str, str]]) -> None:
-    """Each curve's name beside its last point, moved apart where they would lie on each other."""
-    if not ends:
-        return
-    height = axes.get_window_extent().height
-    at = axes.transData.transform([(point[0], point[1]) for point, _, _ in ends])[:, 1] - axes.get_window_extent().y0
-    right = axes.get_xlim()[1]
-    for (point, name, colour), y in zip(ends, apart([float(a) for a in at], TEXT + 1.5, height), strict=True):
-        axes.annotate(
-            name,
-            (right, point[1]),
-            xytext=(1, y / height),
-            textcoords=partial(_beside, axes),
-            color=colour,
-            fontsize=TEXT - 0.5,
-            va="center",
-            annotation_clip=False,
-        )
-
-
-def _beside(axes: Axes, renderer: Any) -> Any:
-    from matplotlib.transforms import ScaledTranslation
-
-    return axes.transAxes + ScaledTranslation(5 / 72, 0, axes.figure.dpi_scale_trans)
-
-
-def apart(wanted: Sequence[float], least: float, top: float) -> list[float]:
-    """The positions nearest to the wanted ones, in their order, no two nearer than `least`; within 0 and `top`.
-
-    Isotonic regression of what is wanted less the distances that are needed (pool adjacent violators).
-    """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    least = min(least, top / max(1, len(wanted) - 1))
-    pools: list[list[float]] = []  # of neighbours that touch: what they want, as if all lay at the first one's place
-    for rank, i in enumerate(order):
-        pools.append([wanted[i] - rank * least])
-        while len(pools) > 1 and _mean(pools[-2]) >= _mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    starts = [_mean(pool) for pool in pools for _ in pool]
-    highest = top - (len(wanted) - 1) * least
-    placed = {
-        i: min(max(start, 0.0), highest) + rank * least
-        for rank, (i, start) in enumerate(zip(order, starts, strict=True))
-    }
-    return [placed[i] for i in range(len(wanted))]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _point(axes: Axes, point: Mapping[str, Any]) -> None:
-    x, y, chosen = point["x"], point["y"], point["chosen"]
-    colour = ACCENT if chosen else INK
-    errors = {"xerr": _reach(x), "yerr": _reach(y)}
-    axes.errorbar(
-        x["mean"], y["mean"], **errors, color=colour, lw=1, capsize=2.5, fmt="o", ms=6 if chosen else 4.5, zorder=3
-    )
-    if chosen:
-        axes.plot(x["mean"], y["mean"], "o", ms=13, mfc="none", mec=colour, mew=1.6, zorder=4)
-
-
-def _name_points(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Each point's name beside it, in the first of a few places where it lies on no other name and no point."""
-    taken: list[tuple[float, float, float, float]] = []
-    places = [tuple(axes.transData.transform((p["x"]["mean"], p["y"]["mean"]))) for p in points]
-    taken += [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
-    for point, (x, y) in sorted(zip(points, places, strict=True), key=lambda both: not both[0]["chosen"]):
-        name = f"{ellipsis(point['label'], 24)}{' — chosen' if point['chosen'] else ''}"
-        width = len(name) * (LETTER + 0.6 * point["chosen"])
-        boxes = [_box(x, y, dx, dy, width) for dx, dy in NEARBY]
-        free = (i for i, box in enumerate(boxes) if _inside(box, axes) and not any(_overlap(box, o) for o in taken))
-        at = next(free, 0)
-        taken.append(boxes[at])
-        dx, dy = NEARBY[at]
-        axes.annotate(
-            name,
-            (point["x"]["mean"], point["y"]["mean"]),
-            xytext=(dx, dy),
-            textcoords="offset points",
-            ha="left" if dx > 0 else "right",
-            color=ACCENT if point["chosen"] else INK,
-            fontweight="bold" if point["chosen"] else "normal",
-            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkB": 4} if at >= 4 else None,
-        )
-
-
-def _inside(box: tuple[float, float, float, float], axes: Axes) -> bool:
-    figure = axes.figure.bbox
-    return box[0] >= axes.bbox.x0 and box[1] >= axes.bbox.y0 and box[2] <= figure.width and box[3] <= axes.bbox.y1
-
-
-def _box(x: float, y: float, dx: float, dy: float, width: float) -> tuple[float, float, float, float]:
-    left = x + dx if dx > 0 else x + dx - width
-    return left, y + dy - 2, left + width, y + dy + TEXT
-
-
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _reach(estimate: Mapping[str, Any]) -> list[list[float]] | None:
-    if estimate["low"] is None:
+def _reach(estimate: Estimate) -> list[list[float]] | None:
+    """How far the interval reaches below and above, as matplotlib takes it."""
+    if estimate.low is None or estimate.high is None:
         return None
-    return [[max(0.0, estimate["mean"] - estimate["low"])], [max(0.0, estimate["high"] - estimate["mean"])]]
+    return [[max(0.0, estimate.mean - estimate.low)], [max(0.0, estimate.high - estimate.mean)]]
 
 
-def to_svg(figure: Figure, words: str) -> str:
-    """The drawing as an element to stand in a page: no document around it, no size, the page's colours and fonts."""
-    from html import escape
-
+def _svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata=NO_METADATA)
-    svg = out.getvalue()[out.getvalue().index("<svg") :]
-    svg = re.sub(
-        r"<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>|<!--.*?-->\s*|<defs>\s*</defs>\s*", "", svg, flags=re.S
-    )
-    view = re.search(r'viewBox="[^"]*"', svg)
-    assert view, "matplotlib gives its drawings a viewBox"
-    head = f'<svg {view[0]} role="img" aria-label="{escape(words, quote=True)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font: ([\w ]*?)([\d.]+)px [^;\"]*", r"font-size: \2px; font-weight: \1", svg).replace(
-        "font-weight: ;", ""
-    )
-    svg = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', lambda place: FRACTION.sub(_tenths, place[0]), svg)
-    svg = re.sub(r" transform=\"rotate\(-0 [^\"]*\"|font-family: 'DejaVu Sans'; ", "", svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
-    return re.sub("|".join(NAMES), lambda colour: f"var(--{NAMES[colour[0]]})", svg)
-
-
-def _tenths(digits: re.Match[str]) -> str:
-    return f"{float(digits[0]):.1f}"
+    return out.getvalue()

@@ -1,34 +1,99 @@
-"""A metrics file → the curves of a report: read as far as it is whole, and thinned so that every extreme stays."""
+"""Logged metrics → the curves of a report, thinned so that every extreme stays."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from alignlab.estimate import is_number
+from alignlab.estimate import Estimate, is_number
+from alignlab.facts.logs import MetricRow
+from alignlab.facts.runs import RunFacts
 
-Z95 = 1.96  # standard errors to each side of a 95 % band over many pairs or replies
 POINTS = 240  # of a curve that has its chart to itself: more than the chart has pixels to show
 POINTS_SHARED = 960  # of all runs' curves together, in a chart that several share
 FEWEST = 40
 
 
+class Point(NamedTuple):
+    """A value at a step, with its 95 % interval where one is known."""
+
+    step: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve."""
+
+    run: str
+    kind: str  # training or held-out
+    called: str  # what is drawn, empty where the chart has only one metric
+    metric: str
+    points: Sequence[Point]
+    of: int  # points before thinning
+    kept: int | None  # the step whose weights were kept
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An upright line at a step."""
+
+    step: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps that share their axes."""
+
+    title: str
+    unit: str
+    note: str
+    share: bool
+    series: Sequence[Series]
+    limits: Sequence[float] = ()
+    marks: Sequence[Mark] = ()
+
+    @property
+    def thinned(self) -> bool:
+        return any(series.of > len(series.points) for series in self.series)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a sweep in a chart of reward against KL."""
+
+    label: str
+    x: Estimate
+    y: Estimate
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Reward against KL, one point a member."""
+
+    title: str
+    unit: str
+    share: bool
+    points: Sequence[Member]
+    limit: float | None
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One chart over steps: the metrics in it, under their names without `train/` and `eval/`."""
+    """Which metrics a chart shows, under their names without `train/` and `eval/`."""
 
     title: str
     unit: str
     metrics: Mapping[str, str]  # name → what its curve is called, empty where the chart has no other
     note: str
     share: bool = False
-    limit: str | None = None  # the key of the manifest's limits
+    limit: str = ""  # the attribute of the run's limits
 
 
 MARGIN = Panel("Reward margin", "reward", {"rewards/margins": ""}, "chosen minus rejected reward, mean over pairs")
@@ -57,60 +122,8 @@ PERPLEXITY = Panel("Perplexity of chosen replies", "perplexity", {"perplexity": 
 OF_ONE = {"dpo": (MARGIN, ACCURACY, REWARDS, LOSS, KL, LENGTH, PERPLEXITY), "sft": (SFT_LOSS, PERPLEXITY, LENGTH)}
 OF_SEVERAL = {"dpo": (MARGIN, ACCURACY, CHOSEN, REJECTED, LOSS, KL, LENGTH, PERPLEXITY), "sft": OF_ONE["sft"]}
 
-PANELS = (*OF_ONE["dpo"], *OF_ONE["sft"], *OF_SEVERAL["dpo"])
-METRICS = {name for panel in PANELS for name in panel.metrics} | {"eos_rate", "epoch"}
-READ = {f"{split}/{name}{of}" for split in ("eval", "train") for name in METRICS for of in ("", "_stderr")} | {
-    "step",
-    "time",
-}
 
-Point = tuple[float, float, float | None, float | None]  # step, value, and its 95 % interval where one is known
-
-
-def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that can be read, in order of their steps, and one sentence for each thing that was left out.
-
-    A row holds what reports show; the rest of a long run's log would only take memory and time.
-    """
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    tail = lines.pop() if lines else b""
-    with _no_garbage():
-        found = [_row(line) for line in lines if line.strip()]
-    bad = found.count(None)
-    cut = bool(tail.strip()) and _row(tail) is None
-    rows = sorted((row for row in [*found, *([] if cut else [_row(tail)])] if row), key=lambda row: row["step"])
-    last = f"used up to step {rows[-1]['step']}" if rows else "nothing before it"
-    notices = [f"the last line of {file.name} is cut off, by a crash or a write under way: {last}"] if cut else []
-    if bad:
-        notices.append(
-            f"{bad} line{'s' * (bad > 1)} of {file.name} cannot be read and {'are' if bad > 1 else 'is'} left out"
-        )
-    return rows, notices
-
-
-@contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Without the collector, which would walk tens of thousands of new rows again and again to find none to free."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one too
-        return None
-    if not isinstance(row, dict) or not is_number(row.get("step")):
-        return None
-    return {key: row[key] for key in READ & row.keys()}
-
-
-def charts(runs: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def draw_up(runs: Sequence[RunFacts], rows: Sequence[Sequence[MetricRow]]) -> list[Chart]:
     """The charts over steps for runs of one stage, with their points; one that would be empty is left out.
 
     A single run shows its training and its held-out curve; several show the held-out one, or training's where a run
@@ -119,70 +132,63 @@ def charts(runs: Sequence[Mapping[str, Any]], rows: Sequence[Sequence[Mapping[st
     several = len(runs) > 1
     most = max(FEWEST, POINTS_SHARED // len(runs)) if several else POINTS
     found = []
-    for panel in (OF_SEVERAL if several else OF_ONE)[runs[0]["stage"]]:
+    for panel in (OF_SEVERAL if several else OF_ONE)[runs[0].stage]:
         series = [s for run, its in zip(runs, rows, strict=True) for s in _series(panel, run, its, several, most)]
         if series:
             found.append(_chart(panel, runs, series))
     return found
 
 
-def _chart(panel: Panel, runs: Sequence[Mapping[str, Any]], series: list[dict[str, Any]]) -> dict[str, Any]:
-    limits = sorted({run["limits"][panel.limit] for run in runs if panel.limit and run["limits"].get(panel.limit)})
-    marks = [] if len(runs) > 1 else _marks(runs[0])
-    band = len(runs) == 1 and any(point[2] is not None for s in series for point in s["points"])
-    return {
-        "title": panel.title,
-        "unit": panel.unit,
-        "note": f"{panel.note}; the band is a 95% interval" if band else panel.note,
-        "share": panel.share,
-        "series": series,
-        "limits": limits,
-        "marks": marks,
-        "thinned": any(s["of"] > len(s["points"]) for s in series),
-    }
+def _chart(panel: Panel, runs: Sequence[RunFacts], series: list[Series]) -> Chart:
+    limits = {getattr(run.limits, panel.limit) for run in runs} if panel.limit else set()
+    has_band = len(runs) == 1 and any(point.low is not None for each in series for point in each.points)
+    return Chart(
+        panel.title,
+        panel.unit,
+        f"{panel.note}; the band is a 95% interval" if has_band else panel.note,
+        panel.share,
+        series,
+        sorted(limit for limit in limits if limit),
+        _marks(runs[0]) if len(runs) == 1 else (),
+    )
 
 
-def _marks(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the run ended before its last planned step, and the step whose weights it kept."""
+def _marks(run: RunFacts) -> list[Mark]:
+    """The step whose weights were kept, and where the run ended before its last planned step."""
     marks = []
-    if run["best_step"] is not None:
-        marks.append({"step": run["best_step"], "label": "kept"})
-    if run["ended_early"] and run["steps"] is not None and run["steps"] != run["best_step"]:
-        marks.append({"step": run["steps"], "label": "stopped"})
+    if run.best_step is not None:
+        marks.append(Mark(run.best_step, "kept"))
+    if run.ended_early and run.steps is not None and run.steps != run.best_step:
+        marks.append(Mark(run.steps, "stopped"))
     return marks
 
 
-def _series(panel: Panel, run: Mapping[str, Any], rows, several: bool, most: int) -> Iterable[dict[str, Any]]:
+def _series(panel: Panel, run: RunFacts, rows: Sequence[MetricRow], several: bool, most: int) -> Iterable[Series]:
     for metric, called in panel.metrics.items():
         held_out = _points(rows, f"eval/{metric}")
         training = [] if several and held_out else _points(rows, f"train/{metric}")
-        for kind, points in (("training", training), ("held-out", held_out)):
+        for kind, split, points in (("training", "train", training), ("held-out", "eval", held_out)):
             if points:
-                yield {
-                    "run": run["name"],
-                    "kind": kind,
-                    "called": called,
-                    "metric": f"{'eval' if kind == 'held-out' else 'train'}/{metric}",
-                    "points": [tuple(map(rounded, point)) for point in thin(points, most, run["best_step"])],
-                    "of": len(points),
-                    "kept": run["best_step"],
-                }
+                thinned = [Point(*map(_rounded, point)) for point in thin(points, most, run.best_step)]
+                yield Series(run.name, kind, called, f"{split}/{metric}", thinned, len(points), run.best_step)
 
 
-def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+def _points(rows: Sequence[MetricRow], name: str) -> list[Point]:
     """The finite values of a metric; of a step that was logged twice, the last."""
-    stderr = f"{name}_stderr"
-    found = {row["step"]: (row[name], row.get(stderr)) for row in rows if name in row and is_number(row[name])}
-    return [(step, value, *_interval(value, error)) for step, (value, error) in found.items()]
+    found = {row["step"]: row for row in rows if is_number(row.get(name))}
+    return [_point(step, row[name], row.get(f"{name}_stderr")) for step, row in found.items()]
 
 
-def _interval(value: float, error: Any) -> tuple[float | None, float | None]:
-    return (value - Z95 * error, value + Z95 * error) if error is not None and is_number(error) else (None, None)
+def _point(step: int, value: float, stderr: Any) -> Point:
+    if not is_number(stderr):
+        return Point(step, value)
+    known = Estimate(value, stderr).with_interval()
+    return Point(step, value, known.low, known.high)
 
 
-def rounded(value: float | None) -> float | None:
+def _rounded(value: float | None) -> float | None:
     """Six significant digits."""
-    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def thin(points: Sequence[Point], most: int, always: int | None = None) -> list[Point]:
@@ -193,14 +199,14 @@ def thin(points: Sequence[Point], most: int, always: int | None = None) -> list[
     """
     if len(points) <= most:
         return list(points)
-    values = [point[1] for point in points]
+    values = [point.value for point in points]
     edges = [(min, values), (max, values)]
-    if any(point[2] is not None for point in points):
-        edges += [(min, [p[1] if p[2] is None else p[2] for p in points])]
-        edges += [(max, [p[1] if p[3] is None else p[3] for p in points])]
+    if any(point.low is not None for point in points):
+        edges += [(min, [p.value if p.low is None else p.low for p in points])]
+        edges += [(max, [p.value if p.high is None else p.high for p in points])]
     stretches = (most - 3) // len(edges)
     bounds = [i * len(points) // stretches for i in range(stretches + 1)]
-    kept = {0, len(points) - 1, *(at for at, point in enumerate(points) if point[0] == always)}
+    kept = {0, len(points) - 1, *(at for at, point in enumerate(points) if point.step == always)}
     for start, end in itertools.pairwise(bounds):
         for pick, edge in edges:
             stretch = edge[start:end]

@@ -1,22 +1,171 @@
-"""Replies side by side, chosen by a stated rule and never by hand, and dialogue text made harmless to show."""
+"""Replies side by side: all of them in one table, and a few chosen by a stated rule, never by hand."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab import toy
+from alignlab.estimate import is_number
+from alignlab.facts.evaluation import HELD_OUT, REPLIES, Evaluation
+from alignlab.facts.logs import read_row
+from alignlab.facts.runs import RunFacts
 from alignlab.text import harmless
+from alignlab.transcript import ASSISTANT
 
 SHOWN = 3  # of each kind
+MOST_ROWS = 400  # of the table: a browser gets slow above, and replies.jsonl has them all
 PROMPT_CHARACTERS = 700
 REPLY_CHARACTERS = 900
 SEED = "report"
 TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Reply:
+    who: str
+    text: str
+    facts: str = ""  # what was measured of it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, what each model answered, and who won."""
+
+    prompt: str
+    replies: Sequence[Reply]
+    outcome: str = ""  # win, tie or loss of the last model against the one it is compared with; empty: not judged
+    ahead: float = 0.0  # by how much: of the judge's scores, else of the outcome; or how far from the reference
+    prompts: str = HELD_OUT
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """Role and text of the dialogue's turns, shortened to its end; a prompt that is no transcript is one turn."""
+        text = shortened(self.prompt.removesuffix(ASSISTANT), PROMPT_CHARACTERS, keep_end=True)
+        first, *rest = TURN.split(text)
+        spoken = [("", first), *zip(rest[::2], rest[1::2], strict=True)]
+        return [(role, said.strip()) for role, said in spoken if said.strip()]
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A few cases under a title."""
+
+    title: str
+    cases: Sequence[Case]
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Every case, the few to read first, and the rule by which those were chosen."""
+
+    rule: str
+    cases: Sequence[Case] = ()
+    picked: Sequence[Picked] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(reply.who for case in self.cases for reply in case.replies))
+
+    @property
+    def sets(self) -> list[str]:
+        return list(dict.fromkeys(case.prompts for case in self.cases))
+
+    def count(self, outcome: str) -> int:
+        return sum(case.outcome == outcome for case in self.cases)
+
+
+def judged_replies(folder: Path, found: Evaluation) -> Replies | None:
+    """What `alignlab eval` wrote beside its `eval.json`; none where it wrote no replies."""
+    file = folder / REPLIES
+    rows = [row for line in (file.read_bytes().splitlines() if file.is_file() else ()) if (row := read_row(line))]
+    by_prompt: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault((row.get("prompts"), row.get("number")), []).append(row)
+    cases = [_judged_case(its, found) for its in by_prompt.values()]
+    if not cases:
+        return None
+    if found.judge is None:
+        return Replies("From alignlab eval; nobody judged them (--judge)", cases, [_drawn(cases)])
+    wins = [case for case in cases if case.outcome == "win"]
+    losses = [case for case in cases if case.outcome == "loss"]
+    best, worst = sorted(wins, key=lambda case: -case.ahead), sorted(losses, key=lambda case: case.ahead)
+    picked = [_first("Largest wins", best), _first("Largest losses", worst), _drawn(cases)]
+    rule = f"From alignlab eval, judge: {found.judge}; the largest wins and losses are those by its scores"
+    return Replies(rule, cases, picked)
+
+
+def _judged_case(rows: Sequence[Mapping[str, Any]], found: Evaluation) -> Case:
+    ours = next((row for row in rows if row.get("model") == found.names[-1]), rows[-1])
+    theirs = next((row for row in rows if row.get("model") == found.against), rows[0])
+    outcome = (ours.get("outcomes") or {}).get(found.against)
+    ahead = _total(ours) - _total(theirs) if ours.get("scores") and theirs.get("scores") else (outcome or 0.5) - 0.5
+    replies = [Reply(str(row.get("model")), _reply_text(row.get("reply")), _scores(row)) for row in rows]
+    return Case(str(rows[0].get("prompt")), replies, _outcome(outcome), ahead, str(rows[0].get("prompts")))
+
+
+def _outcome(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "win" if value > 0.5 else "loss" if value < 0.5 else "tie"
+
+
+def _total(row: Mapping[str, Any]) -> float:
+    return sum(row["scores"].values())
+
+
+def _scores(row: Mapping[str, Any]) -> str:
+    said = [f"{name} {score:g}".replace("-", "−") for name, score in (row.get("scores") or {}).items()]
+    said += [f"{row['tokens']} tokens"] if isinstance(row.get("tokens"), int) else []
+    said += ["cut at the limit"] if row.get("ended") is False else []
+    return ", ".join(said)
+
+
+def sampled_replies(runs: Sequence[RunFacts]) -> Replies:
+    """The last replies that were sampled in training, to the prompts that all the runs answered; nobody judged them."""
+    answers = [{row["prompt"]: row for row in run.samples} for run in runs]
+    prompts = [prompt for prompt in (answers[0] if answers else {}) if all(prompt in its for its in answers)]
+    if not prompts:
+        return Replies("No prompt was answered by every run" if len(runs) > 1 else "No replies were sampled")
+    cases = [_sampled_case(runs, [its[prompt] for its in answers]) for prompt in prompts]
+    rule = (
+        f"To {len(cases)} {runs[0].samples_split} prompts, sampled in training; nobody judged them (alignlab eval does)"
+    )
+    far = sorted(cases, key=lambda case: -case.ahead) if any(case.ahead for case in cases) else []
+    half = min(SHOWN, (len(far) + 1) // 2)
+    picked = [Picked("Furthest from the reference, by KL", far[:half])] if far else []
+    picked += [Picked("Nearest to the reference", far[half:][-half:][::-1])] if len(far) > 1 else []
+    return Replies(rule, cases, [*picked, _drawn(cases)])
+
+
+def _sampled_case(runs: Sequence[RunFacts], rows: Sequence[Mapping[str, Any]]) -> Case:
+    first = rows[0]
+    replies = (
+        [Reply(runs[0].reference_name, _reply_text(first["reference_reply"]))] if "reference_reply" in first else []
+    )
+    for run, row in zip(runs, rows, strict=True):
+        facts = [f"KL {row['kl']:.3g} nats"] if is_number(row.get("kl")) else []
+        facts += [f"{row['tokens']} tokens"] if isinstance(row.get("tokens"), int) else []
+        facts += ["cut at the limit"] if row.get("ended") is False else []
+        who = (run.label or run.name) if len(runs) > 1 else run.stage.upper()
+        replies.append(Reply(who, _reply_text(row["reply"]), ", ".join(facts)))
+    return Case(first["prompt"], replies, ahead=first["kl"] if is_number(first.get("kl")) else 0.0)
+
+
+def _first(title: str, cases: Sequence[Case]) -> Picked:
+    return Picked(f"{title}, {min(SHOWN, len(cases))} of {len(cases)}", cases[:SHOWN])
+
+
+def _drawn(cases: Sequence[Case]) -> Picked:
+    drawn = random.Random(SEED).sample(list(cases), min(SHOWN, len(cases)))
+    return Picked(f"A random draw of {len(drawn)}, with a fixed seed", drawn)
+
+
+def _reply_text(text: Any) -> str:
+    return shortened(str(text).strip(), REPLY_CHARACTERS) or "(empty)"
 
 
 def shortened(text: str, most: int, keep_end: bool = False) -> str:
@@ -24,159 +173,5 @@ def shortened(text: str, most: int, keep_end: bool = False) -> str:
     left_out = len(text) - most
     if left_out <= 0:
         return harmless(text)
-    said = f"[{left_out:,} more characters in samples.jsonl]"
+    said = f"[{left_out:,} more characters]"
     return f"{said} … {harmless(text[-most:])}" if keep_end else f"{harmless(text[:most])} … {said}"
-
-
-def turns(prompt: str) -> list[tuple[str, str]]:
-    """Role and text of a dialogue's turns, shortened to its end; a prompt that is no transcript is one turn."""
-    text = shortened(prompt.removesuffix("\n\nAssistant:"), PROMPT_CHARACTERS, keep_end=True)
-    first, *rest = TURN.split(text)
-    spoken = [("", first.strip()), *((role, said.strip()) for role, said in zip(rest[::2], rest[1::2], strict=True))]
-    return [turn for turn in spoken if turn[1]]
-
-
-def last_samples(file: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows of a run's last sampling, and the split they answer: test where there is one.
-
-    Reads backwards and stops at the sampling before it, so that a long run's file costs no more than a short one's.
-    """
-    rows: list[dict[str, Any]] = []
-    for line in _backwards(file):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off, or being written
-            continue
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "reply")):
-            continue
-        if rows and (row.get("step"), row.get("split")) != (rows[0].get("step"), rows[0].get("split")):
-            break
-        rows.append(row)
-    return rows[::-1], rows[0].get("split") if rows else None
-
-
-def _backwards(file: Path, block: int = 1 << 20) -> Iterator[bytes]:
-    """The lines of a file, the last one first."""
-    if not file.is_file():
-        return
-    with file.open("rb") as stream:
-        at, pieces = stream.seek(0, 2), []  # pieces: of a line whose start is not read yet, the last one first
-        while at > 0:
-            size = min(block, at)
-            at -= size
-            stream.seek(at)
-            head, *lines = stream.read(size).split(b"\n")
-            if lines:
-                yield b"".join([lines.pop(), *pieces[::-1]])
-                yield from reversed(lines)
-                pieces = []
-            pieces.append(head)
-        yield b"".join(pieces[::-1])
-
-
-def side_by_side(runs: Sequence[Mapping[str, Any]], samples: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Groups of cases for prompts that all the runs answered, and the rule by which they were chosen.
-
-    The first run is the one whose wins and losses against its reference are shown.
-    """
-    answers = [{row["prompt"]: row for row in rows} for rows in samples]
-    prompts = [p for p in (answers[0] if answers else {}) if all(p in its for its in answers)]
-    if not prompts:
-        return {
-            "rule": "no prompt was answered by every run" if len(runs) > 1 else "no replies were sampled",
-            "groups": [],
-        }
-    lead = [answers[0][prompt] for prompt in prompts]
-    judged = all(run["data_from"].get("source") == "toy" for run in runs) and all(
-        "reference_reply" in row for row in lead
-    )
-    rule, groups = _by_the_toys_rule(lead) if judged else _without_a_judge(lead)
-    drawn = random.Random(SEED).sample(lead, min(SHOWN, len(lead)))
-    groups.append((f"A random draw of {len(drawn)}", drawn, "one reply"))
-    split = f"{len(lead)} {runs[0]['samples_split']} prompts"
-    if len(runs) > 1 and judged:
-        rule += f"; it is {runs[0]['name']} whose replies are ranked"
-    shown = [
-        {"title": title, "none": none, "cases": [_case(runs, answers, row["prompt"], judged) for row in rows]}
-        for title, rows, none in groups
-    ]
-    return {"rule": f"from {split}: {rule}; the draw is random with a fixed seed", "groups": shown}
-
-
-def _by_the_toys_rule(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, list, str]]]:
-    ahead = {
-        id(row): toy.score(row["prompt"], row["reply"]) - toy.score(row["prompt"], row["reference_reply"])
-        for row in rows
-    }
-    ranked = sorted(rows, key=lambda row: -ahead[id(row)])
-    wins = [row for row in ranked if ahead[id(row)] > 0]
-    losses = [row for row in reversed(ranked) if ahead[id(row)] < 0]
-    groups = [
-        (
-            f"Largest wins, {min(SHOWN, len(wins))} of {len(wins)}",
-            wins[:SHOWN],
-            "no reply is better than the reference's",
-        ),
-        (
-            f"Largest losses, {min(SHOWN, len(losses))} of {len(losses)}",
-            losses[:SHOWN],
-            "no reply is worse than the reference's",
-        ),
-    ]
-    return "wins and losses by the difference in points of the toy's rule, ties in the file's order", groups
-
-
-def _without_a_judge(rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[str, list, str]]]:
-    """Where nobody judged, no reply is called a win: the furthest and the nearest to the reference are shown."""
-    far = [row for row in rows if isinstance(row.get("kl"), int | float)]
-    if not far:
-        return "nobody judged them", []
-    far = sorted(far, key=lambda row: -row["kl"])
-    half = min(SHOWN, (len(far) + 1) // 2)
-    groups = [
-        ("Furthest from the reference", far[:half], ""),
-        ("Nearest to the reference", far[half:][-half:][::-1], ""),
-    ]
-    return "nobody judged them, so they are ranked by their KL from the reference (alignlab eval judges)", groups
-
-
-def _case(runs, answers, prompt: str, judged: bool) -> dict[str, Any]:
-    shown = []
-    first = answers[0][prompt]
-    if "reference_reply" in first:
-        shown.append(_reply(runs[0]["reference_name"], prompt, first["reference_reply"], judged))
-    for run, its in zip(runs, answers, strict=True):
-        row = its[prompt]
-        facts = [f"KL {row['kl']:.3g} nats"] if isinstance(row.get("kl"), int | float) else []
-        facts += [f"{row['tokens']} tokens"] if isinstance(row.get("tokens"), int) else []
-        facts += ["cut at the cap"] if row.get("ended") is False else []
-        name = run.get("label", run["name"]) if len(runs) > 1 else run["stage"].upper()
-        shown.append(_reply(name, prompt, row["reply"], judged, facts))
-    return {"turns": turns(prompt), "replies": shown, "outcome": None}
-
-
-def _reply(who: str, prompt: str, text: str, judged: bool, facts: Sequence[str] = ()) -> dict[str, str]:
-    points = [f"{toy.score(prompt, text)} points".replace("-", "−")] if judged else []
-    return {
-        "who": who,
-        "text": shortened(text.strip(), REPLY_CHARACTERS) or "(empty)",
-        "facts": ", ".join([*points, *facts]),
-    }
-
-
-def judged_cases(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The cases that `alignlab eval` chose, as `side_by_side` gives them; None where it chose none."""
-    cases = evaluation.get("cases") or []
-    titles = {"win": "Largest wins", "loss": "Largest losses", "random": "A random draw"}
-    groups = []
-    for kind, title in titles.items():
-        of_kind = [case for case in cases if case.get("kind") == kind]
-        shown = [_judged(case) for case in of_kind[:SHOWN]]
-        groups.append({"title": title, "none": "none", "cases": shown})
-    rule = f"chosen by alignlab eval, judge: {evaluation.get('judge') or 'none'}"
-    return {"rule": rule, "groups": groups} if cases else None
-
-
-def _judged(case: Mapping[str, Any]) -> dict[str, Any]:
-    replies = [_reply(str(name), "", str(text), False) for name, text in (case.get("replies") or {}).items()]
-    return {"turns": turns(str(case.get("prompt", ""))), "replies": replies, "outcome": case.get("outcome")}

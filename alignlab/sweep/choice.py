@@ -10,24 +10,26 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alignlab.disk import write_record
 from alignlab.errors import RunError
 from alignlab.estimate import Estimate, is_number, mean_estimate
+from alignlab.facts.evaluation import scaled
+from alignlab.facts.runs import RunFacts, read_run
+from alignlab.facts.sweep import FIGURES, columns_of, sweep_rows
 from alignlab.recipe import consumed
-from alignlab.report.reading import read_run
 from alignlab.run import SWEEP, Run, Sweep, SweepMember
 from alignlab.sweep.members import Member, Members
+from alignlab.tables import WinRate, as_text, paragraph
 
 log = logging.getLogger(__name__)
 
 SPLIT = "validation"
 NEEDED = ("rewards/margins", "rewards/accuracies", "kl", "perplexity")
 ON_TEST = ("margin", "accuracy", "kl")
-FIGURES = ("margin", "margin_over_beta", "accuracy", "kl", "win_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Measured:
     margin_over_beta: Estimate
     accuracy: Estimate
     kl: Estimate
-    win_rate: Estimate | None = None
+    win_rate: Estimate | WinRate | None = None
     perplexity_change: float = 0.0
     margins: Sequence[float] = ()  # of each validation pair, where the run has kept them
     fingerprint: str | None = None  # of its data
@@ -96,10 +98,10 @@ def _row(member: Member, folder: Path, failure: str | None) -> Row:
             return Row(member, path, "failed" if failure else status, failure)
         facts = read_run(path)
         _refuse_other_settings(member, path)
-        for notice in facts["notices"]:
+        for notice in facts.notices:
             log.warning("%s: %s", path, notice)
         if status != "finished":
-            return Row(member, path, status, facts["stop_reason"])
+            return Row(member, path, status, facts.stop_reason)
         return Row(member, path, status, measured=_measured(member, path, facts))
     except RunError as e:
         return Row(member, path, "failed", str(e))
@@ -119,16 +121,16 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}" if prefix else key).items()}
 
 
-def _measured(member: Member, path: Path, facts: Mapping[str, Any]) -> Measured:
-    evaluated = [row for row in facts["rows"] if "eval/loss" in row]
-    kept = next((row for row in reversed(evaluated) if row["step"] == facts["best_step"]), None)
+def _measured(member: Member, path: Path, facts: RunFacts) -> Measured:
+    evaluated = [row for row in facts.rows if "eval/loss" in row]
+    kept = next((row for row in reversed(evaluated) if row["step"] == facts.best_step), None)
     if kept is None:
-        raise RunError(f"{path}/metrics.jsonl has no evaluation at step {facts['best_step']}, whose weights were kept")
+        raise RunError(f"{path}/metrics.jsonl has no evaluation at step {facts.best_step}, whose weights were kept")
     if lacking := [name for name in NEEDED if not is_number(kept.get(f"eval/{name}"))]:
         raise RunError(f"{path}/metrics.jsonl has no number for eval/{lacking[0]} at step {kept['step']}")
     if evaluated[0]["step"] != 0 or not is_number(evaluated[0].get("eval/perplexity")):
         raise RunError(f"{path}/metrics.jsonl has no perplexity before the first step")
-    pairs, beta = (facts["data"].get("kept") or {}).get(SPLIT), member.beta
+    pairs, beta = facts.manifest.data.kept.get(SPLIT) if facts.manifest.data else None, member.beta
     logratios = _logratios(path, pairs)
     margins = [beta * (chosen - rejected) for chosen, rejected in logratios]
     if logratios:
@@ -137,20 +139,19 @@ def _measured(member: Member, path: Path, facts: Mapping[str, Any]) -> Measured:
     else:
         margin = _logged(kept, "rewards/margins", pairs)
         accuracy = _logged(kept, "rewards/accuracies", pairs, share=True)
-    over_beta = Estimate(margin.mean / beta, margin.stderr and margin.stderr / beta, margin.n)
     return Measured(
         name=member.name,
         beta=beta,
         margin=margin,
-        margin_over_beta=over_beta.with_interval(),
+        margin_over_beta=scaled(margin, 1 / beta),
         accuracy=accuracy,
         kl=_logged(kept, "kl", _replies(path, kept["step"])),
-        win_rate=_estimate(facts["win_rate"]) if facts["win_rate"] else None,
+        win_rate=facts.win_rate,
         perplexity_change=kept["eval/perplexity"] / evaluated[0]["eval/perplexity"] - 1,
         margins=margins,
-        fingerprint=facts["data"].get("fingerprint"),
-        settings=facts["settings"],
-        on_test={name: _estimate(facts["test"][name]) for name in ON_TEST if name in facts["test"]},
+        fingerprint=facts.fingerprint,
+        settings=facts.settings,
+        on_test={name: of for name in ON_TEST if (of := getattr(facts.test, name))},
     )
 
 
@@ -170,11 +171,6 @@ def _replies(path: Path, step: int) -> int | None:
 def _logged(row: Mapping[str, float], name: str, n: int | None, share: bool = False) -> Estimate:
     stderr = row.get(f"eval/{name}_stderr")
     return Estimate(row[f"eval/{name}"], stderr if is_number(stderr) else None, n).with_interval(share)
-
-
-def _estimate(found: Mapping[str, Any]) -> Estimate:
-    known: dict[str, Any] = {each.name: found.get(each.name) for each in fields(Estimate)}
-    return Estimate(**known)
 
 
 # --- the rule ---
@@ -265,39 +261,24 @@ def _written(row: Row) -> SweepMember:
 
 
 def render(sweep: Sweep, folder: Path) -> str:
-    """The table, the choice and why, for a terminal."""
-    rows = [["", "run", *COLUMNS.values()], *(_cells(member, sweep.choice) for member in sweep.members)]
-    widths = [max(len(row[n]) for row in rows if len(row) == len(rows[0]) or n < 2) for n in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-    sizes = {member.margin.n for member in sweep.members if member.margin}
-    n = f" (n={sizes.pop()})" if len(sizes) == 1 else ""
-    size = f"{len(rows) - 1} member{'s' * (len(rows) > 2)}"
-    head = f"{sweep.recipe}, {size}; on {sweep.split} pairs{n}, each at the step whose weights it kept"
+    """The table, the choice and why, 80 columns wide."""
+    done = [member for member in sweep.members if member.status == "finished"]
+    size = f"{len(done)} of {len(sweep.members)} member{'s' * (len(sweep.members) > 1)} finished"
+    lines = paragraph(f"{sweep.recipe}: {size}; figures at the step whose weights each kept")
+    if done:
+        lines += ["", *as_text(sweep_rows(sweep), columns_of(sweep))]
+        lines += paragraph(f"± is the standard error; 95 % intervals are in {SWEEP}")
+    for member in sweep.members:
+        if member.status != "finished":
+            error = f": {member.error}" if member.error else ""
+            lines += paragraph(f"{member.run}: {member.status}{error}", more="  ")
+    for warning in sweep.warnings:
+        lines += paragraph(f"warning: {warning}", more="  ")
     chosen = f"chosen: {sweep.choice}, {sweep.why}" if sweep.choice else f"none is chosen: {sweep.why}"
-    said = [f"! {warning}" for warning in sweep.warnings]
-    return "\n".join([head, *lines, "", *said, chosen, *_on_test(sweep), f"{folder / SWEEP}"])
-
-
-COLUMNS = {
-    "margin": "margin",
-    "margin_over_beta": "margin ÷ beta",
-    "accuracy": "accuracy",
-    "kl": "KL, nats",
-    "win_rate": "win rate on test",
-    "perplexity_change": "perplexity",
-}
-
-
-def _cells(member: SweepMember, choice: str | None) -> list[str]:
-    name = ["*" if member.run == choice else "", member.run]
-    if not member.margin:
-        return [*name, member.status + (f": {member.error}" if member.error else "")]
-    figures: list[Estimate | None] = [getattr(member, each) for each in FIGURES]
-    change = "–" if member.perplexity_change is None else f"{member.perplexity_change:+.1%}"
-    return [*name, *(figure.plus_minus() if figure else "–" for figure in figures), change]
+    return "\n".join([*lines, "", *paragraph(chosen, more="  "), *_on_test(sweep), f"{folder / SWEEP}"])
 
 
 def _on_test(sweep: Sweep) -> list[str]:
     """The chosen member's figures on pairs that chose nothing."""
     said = [f"{name} {figure}" for name, figure in (sweep.test or {}).items() if figure]
-    return [f"its test split, which chose nothing: {', '.join(said)}"] if said else []
+    return paragraph(f"its test split, which chose nothing: {', '.join(said)}", more="  ") if said else []

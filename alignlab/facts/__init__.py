@@ -1,0 +1,1 @@
+"""What run directories say, read back and typed: runs, sweeps, evaluations and their logs."""
