@@ -114,7 +114,7 @@ def _report(args: argparse.Namespace) -> None:
 
     paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
     for path in paths:
-        _print(write_report(path, Path(args.figures) if args.figures else None))
+        _print(str(write_report(path, Path(args.figures) if args.figures else None)))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace) -> None:
         write_table(Path(args.table), page.rows, page.columns)
         _print(args.table)
     out, figures = (Path(name) if name else None for name in (args.out, args.figures))
-    _print(write_comparison(paths, out, figures))
+    _print(str(write_comparison(paths, out, figures)))
 
 
 def _eval(args: argparse.Namespace) -> None:
