@@ -35,9 +35,10 @@ test: install    ## the whole test suite
 quick: install   ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
-check: install   ## format, lint, tests
+check: install   ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/pytest
 
 list: install    ## the recipes

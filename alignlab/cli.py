@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from alignlab.errors import AlignlabError, RecipeError
 from alignlab.launch import Killed, leave
@@ -146,7 +146,7 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import folder_of
     from alignlab.report.page import report_line
 
-    paths = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
+    paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
     same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
     given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
@@ -169,9 +169,8 @@ def _plan(args: argparse.Namespace) -> None:
     stages, gpus = stages_of(recipe, args.of), args.gpu or GPUS
     cuda = bool(args.gpu) or not (args.cpu or recipe.model.name == "toy")
     if not args.probe:
-        page = plan_facts if args.json else show_plan
-        found = page(recipe, stages, gpus, cuda=cuda)
-        _print(harmless_json(found) if args.json else found)
+        facts = lambda: harmless_json(plan_facts(recipe, stages, gpus, cuda=cuda))
+        _print(facts() if args.json else show_plan(recipe, stages, gpus, cuda=cuda))
         return
     from alignlab.probe import probe
 
@@ -205,8 +204,8 @@ def _cache(args: argparse.Namespace) -> None:
     if args.clear:
         _print(f"{(clear_store() + clear_prepared()) / 2**20:.1f} MiB freed")
         return
-    entries = [(entry, f"reference: {entry.reference}") for entry in list_store()]
-    entries += [(entry, f"data: {entry.about}") for entry in list_prepared()]
+    references: list[tuple[Any, str]] = [(entry, f"reference: {entry.reference}") for entry in list_store()]
+    entries = [*references, *((entry, f"data: {entry.about}") for entry in list_prepared())]
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
@@ -251,7 +250,8 @@ def _sweep(args: argparse.Namespace) -> int | None:
         from alignlab.sweep.runner import run_members, share
 
         if args.shared:
-            return share(members)
+            share(members)
+            return None
         table = run_members(members)
     _print(render(table, members.folder))
     if args.table:

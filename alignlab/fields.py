@@ -82,7 +82,14 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, list) and all(any(_fits(item, k) for k in _item_kinds(kind)) for item in value)
     if isinstance(value, bool):
         return kind in ("bool", "any")
-    python = {"int": int, "float": (int, float), "str": str, "null": type(None), "mapping": dict, "any": object}
+    python: dict[str, Any] = {
+        "int": int,
+        "float": (int, float),
+        "str": str,
+        "null": type(None),
+        "mapping": dict,
+        "any": object,
+    }
     return isinstance(value, python.get(kind, ()))
 
 
@@ -162,7 +169,7 @@ def _describe_libraries() -> dict[str, dict[str, Setting]]:
     return {"sft": _describe(SFTConfig), "dpo": _describe(DPOConfig), "lora": _describe(LoraConfig)}
 
 
-def _describe(config: type) -> dict[str, Setting]:
+def _describe(config: Any) -> dict[str, Setting]:
     hints = get_type_hints(config)
     fields: Mapping[str, Field] = config.__dataclass_fields__
     return {

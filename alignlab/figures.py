@@ -38,7 +38,10 @@ def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, r
     if run.is_writer:
         write_lines(run.scores_file, _scores(scored))
     policy, reference = scored["test"]
-    found = {name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()}
+    assert trainer.samples is not None, "training has drawn some"
+    found: dict[str, Any] = {
+        name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()
+    }
     found["perplexity"] = heldout.reply_perplexity(policy)
     found["reference_perplexity"] = heldout.reply_perplexity(reference)
     stops = trainer.samples.prompts.stops

@@ -14,7 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alignlab.errors import DataError
 
@@ -57,7 +57,7 @@ def read_file(file: Path) -> Iterator[Row]:
         yield Row(fields, name, line)
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> Any:
     """The bytes of a text file, unpacked; refused where they are UTF-16."""
     try:
         with file.open("rb") as stream:
@@ -116,7 +116,9 @@ def _array_rows(text: str, position: int) -> Iterator[tuple[int, Any]]:
     line = 1 + text.count("\n", 0, position)
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,\[]*")
     while True:
-        start = gap.match(text, position).end()
+        found = gap.match(text, position)
+        assert found is not None, "it matches nothing as well"
+        start = found.end()
         line += text.count("\n", position, start)
         if text.startswith("]", start):
             return
@@ -173,7 +175,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
                 line = reader.line_num
                 if None in cells or None in cells.values():
                     raise DataError(
-                        f"{file}:{begins}: {_cells(cells)} cells under {len(reader.fieldnames)} column names;"
+                        f"{file}:{begins}: {_cells(cells)} cells under {len(reader.fieldnames or ())} column names;"
                         " mend this row"
                     )
                 yield begins, {name: cell for name, cell in cells.items() if cell}

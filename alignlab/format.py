@@ -217,7 +217,9 @@ class Format:
         """Whether a prompt holds the day's date; `FIXED_DAY` is written instead."""
         mark = MARK.format("day")
         template = _CLOCK.sub(lambda _: repr(mark), self.chat_template or "")
-        return bool(self._marks) and mark in self._render(self._marks, add_generation_prompt=True, template=template)
+        return self._marks is not None and mark in self._render(
+            self._marks, add_generation_prompt=True, template=template
+        )
 
     @cached_property
     def writes_reasoning(self) -> bool:

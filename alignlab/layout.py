@@ -142,7 +142,7 @@ class SegmentMask(Tensor):
     def __torch_function__(cls, function: Callable, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         mask = (kwargs or {}).get("attn_mask")
         if function is nn.functional.scaled_dot_product_attention and hasattr(mask, "sizes"):
-            return attend_by_segment(*args, **kwargs)
+            return attend_by_segment(*args, **(kwargs or {}))
         result = super().__torch_function__(function, kinds, args, kwargs or {})
         if function is Tensor.detach and hasattr(args[0], "sizes"):  # as reentrant checkpointing does
             result.sizes = args[0].sizes
@@ -156,7 +156,7 @@ def attend_by_segment(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: S
         mask_WW, last = attn_mask.as_subclass(Tensor)[row, 0], [*accumulate(sizes)]
         blocks = [mask_WW[end - size : end, end - size : end] for size, end in zip(sizes, last, strict=True)]
         parts = zip(*(x[row, None].split(sizes, dim=2) for x in (query, key, value)), strict=True)
-        done = [attend(*part, attn_mask=block, **others) for part, block in zip(parts, blocks, strict=True)]
+        done = [attend(q, k, v, attn_mask=block, **others) for (q, k, v), block in zip(parts, blocks, strict=True)]
         rows.append(torch.cat(done, dim=2))
     return torch.cat(rows)
 

@@ -41,8 +41,9 @@ def find_runs(
 
 def _one_of(recipe: str | None, name: str, root: Path) -> Run:
     """A run by its name beside the recipe's others, or by its directory."""
-    named = recipe is not None and not Run(Path(name)).has_started
-    return find_run(recipe, name, root=root) if named else find_run(name, root=root)
+    if recipe is None or Run(Path(name)).has_started:
+        return find_run(name, root=root)
+    return find_run(recipe, name, root=root)
 
 
 def _default(recipe: str, overrides: Sequence[str], root: Path) -> Run:

@@ -183,7 +183,7 @@ def add_adapter(weights: PreTrainedModel, section: ModelSection) -> PeftModel:
 
 def _refuse_unknown_targets(weights: PreTrainedModel, section: ModelSection) -> None:
     """PEFT 0.21 passes over a name that no module has, as long as another of the list is found."""
-    targets = section.lora.get("target_modules")
+    targets = (section.lora or {}).get("target_modules")
     names = [f".{name}" for name, _ in weights.named_modules()]
     for target in targets if isinstance(targets, list) else []:
         if not any(name.endswith(f".{target}") for name in names):
@@ -203,10 +203,10 @@ def _refuse_adapted_head(model: PeftModel) -> None:
         raise ModelError(f"LoRA is on the output layer {name}, where TRL does not train it; {remedy}")
 
 
-def check_positions(config: PreTrainedConfig, max_length: int, stage: str) -> None:
+def check_positions(config: PreTrainedConfig, max_length: int | None, stage: str) -> None:
     """Raises ModelError where `max_length` exceeds the positions the model was made with."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and max_length > positions:
+    if positions and max_length and max_length > positions:
         raise ModelError(
             f"{stage}.max_length is {max_length}, but the model has {positions} positions; "
             f"lower data.max_prompt_tokens and data.max_reply_tokens, and {stage}.max_length where it is written"
@@ -221,7 +221,7 @@ def find_start(section: ModelSection, sft_model: Path | None) -> Start:
         name, what = str(sft_model), "this recipe's SFT run"
     else:
         name, what = section.start, "model.start"
-        is_adapter = _is_adapter(section)
+        is_adapter = _is_adapter(name, section)
     if is_adapter and section.lora is None:
         raise ModelError(f"{name} is an adapter, but the recipe trains all weights; set model.lora, or merge it first")
     weights, adapter = (section.name, name) if is_adapter else (name, None)
@@ -263,9 +263,10 @@ def _refuse_unfaithful(own: PeftConfig, section: ModelSection, adapter: str) -> 
 
 
 def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapter: str) -> None:
+    wanted = section.lora or {}
     for key in ("r", "lora_alpha"):
-        if key in section.lora and getattr(own, key, None) != section.lora[key]:
-            log.warning("model.lora.%s=%s has no effect: %s has %s", key, section.lora[key], adapter, getattr(own, key))
+        if key in wanted and getattr(own, key, None) != wanted[key]:
+            log.warning("model.lora.%s=%s has no effect: %s has %s", key, wanted[key], adapter, getattr(own, key))
 
 
 def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None = None) -> None:
@@ -280,7 +281,7 @@ def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None
         if not {"default", "ref"}.isdisjoint(name.split(".")):
             weight.data = weight.data.float()
     for name in model.peft_config if adapter else ():
-        model.load_adapter(adapter, name, is_trainable=name == "default")
+        model.load_adapter(str(adapter), name, is_trainable=name == "default")
 
 
 def load_adapters(model: PeftModel, checkpoint: Path) -> None:
@@ -331,14 +332,13 @@ def _reference_sentence(section: ModelSection, adapter: str | None, name: str, w
     )
 
 
-def _is_adapter(section: ModelSection) -> bool:
-    start = Path(section.start)
-    if start.is_dir():
-        return (start / ADAPTER_FILE).is_file()
+def _is_adapter(start: str, section: ModelSection) -> bool:
+    if Path(start).is_dir():
+        return (Path(start) / ADAPTER_FILE).is_file()
     from transformers.utils import cached_file
 
-    with _loading("model", section.start, section):
-        return cached_file(section.start, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is not None
+    with _loading("model", start, section):
+        return cached_file(start, ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _refuse_other_base(section: ModelSection, adapter: str) -> None:
@@ -385,9 +385,9 @@ def _loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
 def _explained(what: str, name: str, key: str, error: Exception) -> Exception:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return ModelError(
             f"{name} is gated: accept its terms on its hub page and log in with `hf auth login`, "

@@ -12,7 +12,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,7 @@ class WeightsMove(TrainerCallback):
     def __init__(self):
         self.before: list[torch.Tensor] = []
         self.learning_rate = 0.0
-        self.steps_allowed: int | None = None
+        self.steps_allowed = 1
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.steps_allowed = 10 if args.fp16 else 1
@@ -315,7 +315,7 @@ def stop_reason(state: TrainerState, stopped: Alarm | None) -> str:
 
 
 def check_probe(
-    who: str, found: list[float], whose: str, expected: list[float], other: list[float] | None, exact: bool
+    who: str, found: list[float], whose: str, expected: Sequence[float], other: Sequence[float] | None, exact: bool
 ) -> None:
     """Refuses a model that does not give the log-probabilities (nats) of the one that it should be to the same replies.
 
@@ -337,7 +337,7 @@ def check_probe(
         )
 
 
-def _distance(one: list[float], other: list[float]) -> float:
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 

@@ -119,7 +119,8 @@ def _has_alibi(config: Any) -> bool:
 
 def bare_model(model: nn.Module) -> PreTrainedModel:
     """The model under PEFT's wrapper, which is the one whose forward TRL patches."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model else model
 
 
 def share_prefixes(model: nn.Module, on_difference: Literal["raise", "stop"] = "raise") -> PrefixSharing:
@@ -205,7 +206,8 @@ class PrefixSharing:
         check = self._due_check(plan)
         expected_ST = self._standard_log_probs(kwargs) if check else None
         output = self._packed_forward(plan)
-        if check and not self._agrees(check, output.log_probs, expected_ST, plan):
+        assert output.log_probs is not None, "labels were given"
+        if check and expected_ST is not None and not self._agrees(check, output.log_probs, expected_ST, plan):
             return self._standard(fused_lm_head=True, **kwargs)
         self.standard_positions += kwargs["input_ids"].numel()
         self.computed_positions += plan.model_inputs["input_ids"].numel()

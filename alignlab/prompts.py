@@ -72,7 +72,8 @@ def read_prompts(file: Path, form: Format, most_tokens: int, column: str | None 
     that is neither harmful nor benign among others that are.
     """
     rows, known = _rows(file, column)
-    found, left_out = {}, Counter()
+    found: dict[str, Prompt] = {}
+    left_out: Counter[str] = Counter()
     for row in rows:
         label = known.label(row)
         try:

@@ -174,8 +174,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         name=_name(path),
         path=path,
         about=values.get(("about",), ""),
-        **{name: _build(section, (name,), values) for name, section in SECTIONS.items()},
-        **{stage: _under((stage,), values) for stage in STAGES},
+        data=_build(DataSection, ("data",), values),
+        model=_build(ModelSection, ("model",), values),
+        monitor=_build(MonitorSection, ("monitor",), values),
+        sweep=_build(SweepSection, ("sweep",), values),
+        sft=_under(("sft",), values),
+        dpo=_under(("dpo",), values),
         sources={".".join(key): where for key, where in sources.items()},
         overrides=tuple(
             f"{'.'.join(key)}={json.dumps(value, ensure_ascii=False)}"
@@ -211,7 +215,7 @@ def _under(prefix: Key, values: Mapping[Key, Any]) -> dict[str, Any]:
 @cache
 def _settings() -> Mapping[Key, Setting]:
     """Every key that a recipe may hold."""
-    known = {("about",): Setting(("str",), default="")}
+    known: dict[Key, Setting] = {("about",): Setting(("str",), default="")}
     known |= {key: of for name, section in SECTIONS.items() for key, of in _settings_of(section, (name,))}
     for prefix, library in ((("sft",), "sft"), (("dpo",), "dpo"), (_LORA, "lora")):
         known.update({(*prefix, name): of for name, of in library_settings()[library].items()})

@@ -439,7 +439,7 @@ def _there(path: Path, recipe: str | None = None) -> Run:
 
 def _plain(value: Any) -> Any:
     """What JSON can hold, without what is not known."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: its for name, its in asdict(value).items() if its is not None}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 

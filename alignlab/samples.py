@@ -6,7 +6,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -29,7 +30,8 @@ from alignlab.store import ReferenceIdentity, read_replies, store_replies
 
 log = logging.getLogger(__name__)
 
-Reference = Callable[[], Iterator[PreTrainedModel]]  # a context in which the model answers as the reference does
+# A context in which the model answers as the reference does
+Reference = Callable[[], AbstractContextManager[PreTrainedModel]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ class Samples:
             done = gather_object(done)
         return [answer for _, batch in sorted(done, key=lambda each: each[0]) for answer in batch]
 
-    def _batch(self, model, number: int, rows: range, reference: Reference | None, is_start=False) -> list[Answer]:
+    def _batch(
+        self, model, number: int, rows: Sequence[int], reference: Reference | None, is_start=False
+    ) -> list[Answer]:
         prompts = [self.prompts.ids[i] for i in rows]
         if reference is None:
             return [Answer(reply) for reply in self._replies(model, number, prompts)]
@@ -145,20 +149,20 @@ class Samples:
 
     def _known(self, number: int, prompts: list[list[int]]) -> list[Reply] | None:
         """The reference's replies, where they were drawn before: by this run, or by any with the same reference."""
-        if number not in self.reference_replies and self._storable:
-            stored = read_replies(self.identity, self._drawing(number, prompts))
+        if number not in self.reference_replies and (identity := self._stored_under):
+            stored = read_replies(identity, self._drawing(number, prompts))
             if stored is not None:
                 self.reference_replies[number] = [Reply(**{**row, "ids": tuple(row["ids"])}) for row in stored]
         return self.reference_replies.get(number)
 
     def _keep(self, number: int, prompts: list[list[int]], replies: list[Reply]) -> None:
         self.reference_replies[number] = replies
-        if self._storable:
-            store_replies(self.identity, self._drawing(number, prompts), [asdict(reply) for reply in replies])
+        if identity := self._stored_under:
+            store_replies(identity, self._drawing(number, prompts), [asdict(reply) for reply in replies])
 
     @property
-    def _storable(self) -> bool:
-        return self.identity is not None and self._tokenizer_facts is not None
+    def _stored_under(self) -> ReferenceIdentity | None:
+        return None if self._tokenizer_facts is None else self.identity
 
     @cached_property
     def _tokenizer_facts(self) -> list[Any] | None:
@@ -175,7 +179,7 @@ class Samples:
         """What decides a batch of replies besides the model; rounding may decide a token, so threads are among it."""
         on_cpu = [torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
         how = self._how(number) | {"stops": asdict(self.prompts.stops)}
-        facts = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": how}
+        facts: dict[str, Any] = {"prompts": xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode()), "how": how}
         facts |= {"tokenizer": self._tokenizer_facts, "code": _code(), "on_cpu": on_cpu}
         return json.loads(json.dumps(facts))
 

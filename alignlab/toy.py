@@ -102,8 +102,8 @@ def score(prompt: str, reply: str) -> int:
 def corpus(section: ToySection) -> Iterator[str]:
     """Plain notes for base training: every word of the dialogues, none of the dialogues themselves."""
     draw = random.Random(f"corpus/{section.seed}")
-    phrases = OPENINGS_GOOD + OPENINGS_BAD + CLOSINGS_GOOD + CLOSINGS_BAD + EMPTY_ADVICE
-    phrases += tuple(line for pair in GREETINGS for line in pair)
+    said = (*OPENINGS_GOOD, *OPENINGS_BAD, *CLOSINGS_GOOD, *CLOSINGS_BAD, *EMPTY_ADVICE)
+    phrases = (*said, *(line for pair in GREETINGS for line in pair))
     things = [(task, thing) for task in TASKS for thing in task.things]
     for _ in range(60):
         draw.shuffle(things)

@@ -387,6 +387,7 @@ def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[Found, int]:
     args, splits = trainer.args, {"train": pairs.train, "validation": pairs.validation}
     if args.ld_alpha is None:  # the test figures are of the replies as they are
         splits["test"] = pairs.test
+    assert trainer.identity is not None
     found = look_up(trainer.identity, splits, max_length=args.max_length, truncation_mode=args.truncation_mode)
     online = pairs_scored_online(args, len(pairs.train), len(pairs.validation), _processes().num_processes)
     return found, online + len(splits.get("test", ()))
@@ -421,6 +422,8 @@ def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft:
         reference = trainer.probe(model, pairs.validation)
     if sft:
         tuned, base = sft.manifest.probe, sft.manifest.base_probe
+        if not tuned:
+            raise RunError(f"{sft.manifest_file} has no probe to know the model by; train SFT again with --force")
         monitor.check_probe("policy", policy, "SFT run", tuned, base, exact)
         if section.reference == "sft":
             monitor.check_probe("reference", reference, "SFT run", tuned, base, exact)

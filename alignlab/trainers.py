@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow.compute as pc
 import torch
@@ -35,8 +35,17 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHOSEN_METRICS = ("logits/chosen", "mean_token_accuracy")
 
 
-class _Seams:
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # TRL's trainers, beside which `_Seams` stands, bring it
+
+
+class _Seams(Trainer):
     """What both trainers need changed in TRL: resuming, exact held-out means, and metrics of our own."""
+
+    _batch_sizes: list[dict[str, int]]
+    _batch_losses: list[float]
 
     samples: Samples | None = None
     guard: Guard | None = None
@@ -185,7 +194,7 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         pairs = sum(sizes["pairs"] for sizes in self._batch_sizes)
         return {"eval_rewards/accuracies_stderr": (accuracy * (1 - accuracy) / pairs) ** 0.5}
 
-    def share_prefixes(self, setting: bool | str) -> bool:
+    def share_prefixes(self, setting: Literal["auto"] | bool) -> bool:
         """Makes policy and reference compute each pair's prompt once, where the recipe and the model allow it."""
         shared, why = decide(setting, self.model, self.accelerator.device, self.aux_loss_enabled)
         log.info("%s", why)
@@ -233,7 +242,8 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         for few in batches(order, self.args.per_device_eval_batch_size):
             logps_2N[:, few] = self._reply_logps(model, [rows[i] for i in few]).float().cpu()
         model.train(was_training)
-        return PairLogps(*logps_2N, torch.tensor([len(row["chosen_ids"]) for row in rows]))
+        chosen_N, rejected_N = logps_2N
+        return PairLogps(chosen_N, rejected_N, torch.tensor([len(row["chosen_ids"]) for row in rows]))
 
     def use_stored_reference(self, train: Dataset, validation: Dataset) -> None:
         """Trains on pairs that bring `ref_chosen_logps` and `ref_rejected_logps`: no more reference forwards.

@@ -20,7 +20,7 @@ def read(kind: type[T], content: bytes | str, where: object, remedy: str) -> T:
     RunError says what was expected, such as `manifest.json: steps is 'abc', expected a valid integer; REMEDY`.
     """
     try:
-        return _adapter(kind).validate_json(content, strict=True)
+        return _adapter(kind).validate_json(content, strict=True)  # type: ignore[arg-type]  # a class can be hashed
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise RunError(f"{where}{_describe(fault)}; {remedy}") from None

@@ -29,17 +29,17 @@ class Written:
 class Text:
     """YAML from a file, or from one override on the command line."""
 
-    yaml: str
+    content: str
     name: str
     folder: Path
     is_file: bool
 
-    def at(self, mark: yaml.Mark) -> str:
-        return f"{self.name}:{mark.line + 1}" if self.is_file else self.name
+    def at(self, mark: yaml.Mark | None) -> str:
+        return f"{self.name}:{mark.line + 1}" if self.is_file and mark else self.name
 
     def compose(self) -> tuple[yaml.SafeLoader, yaml.Node | None]:
         try:
-            loader = _Loader(self.yaml)
+            loader = _Loader(self.content)
             return loader, loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             at = self.at(error.problem_mark or error.context_mark)
@@ -115,7 +115,9 @@ def read_overrides(overrides: Sequence[str], faults: list[str]) -> dict[Key, Wri
             continue
         text = Text(_plain(value), where, Path(), is_file=False)
         try:
-            leaves = list(text.leaves(*text.compose(), tuple(name.split(".")), faults))
+            loader, node = text.compose()
+            assert node is not None, "a value was written"
+            leaves = list(text.leaves(loader, node, tuple(name.split(".")), faults))
         except RecipeError as error:
             faults.append(str(error))
             continue
@@ -154,7 +156,7 @@ def _is_of_other_data(key: Key, below: dict[Key, Written], above: dict[Key, Writ
     """Whether a setting describes the data of a path that `above` replaces by another one."""
     section = next((prefix for prefix in (("data", "sft"), ("data",)) if key[: len(prefix)] == prefix), None)
     new = section and above.get((*section, "path"))
-    if not new or len(key) == len(section):
+    if not section or not new or len(key) == len(section):
         return False
     names = [Path(str(item.value)).name for item in (new, below.get((*section, "path"))) if item]
     gone = _OF_ROWS if len({*names}) == 1 and len(names) == 2 else _OF_ROWS + _OF_PARTS

@@ -165,6 +165,7 @@ def wandb_at(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.delenv("WANDB_MODE")
     run = Run(tmp_path)
+    run.note(stage="dpo", status="running")
 
     def begin(handler: type) -> tuple[str, Run]:
         with serving(handler) as url:

@@ -122,7 +122,7 @@ def _refuse_wish(trained: Trained, wish: Wish) -> None:
             raise RunError(f"{run} trained all weights and has no adapter; export it --as {MERGED}")
         if trained.is_embedded:
             raise RunError(f"the base model of {run} is alignlab's own and nowhere else; export it --as {MERGED}")
-        if wish.repository and is_local(trained.base):
+        if wish.repository and trained.base and is_local(trained.base):
             raise RunError(
                 f"the adapter's base is the folder {trained.base}, which nobody else can load; push it --as {MERGED}"
             )
@@ -146,6 +146,7 @@ def _refuse_wrong(found: Difference, wish: Wish) -> None:
 
 def _write_adapter(trained: Trained, folder: Path) -> None:
     """The run's adapter as it is, and the name of its base as others know it."""
+    assert trained.adapter is not None, "`_refuse_wish` has asked"
     shutil.copy(trained.adapter / "adapter_model.safetensors", folder)
     config = json.loads((trained.adapter / models.ADAPTER_FILE).read_text())
     config |= {"base_model_name_or_path": trained.base, "revision": trained.revision}
@@ -224,7 +225,7 @@ def _notes(found: Difference, trained: Trained, wish: Wish, dtype: str) -> list[
             f"Log-probabilities differ by {found.token.mean:.2g} nats a token from the run's, more than the "
             f"{difference.ROUNDING_NATS:g} that {dtype} explains: compare its replies before you rely on it."
         )
-    if wish.form == ADAPTER and is_local(trained.base):
+    if wish.form == ADAPTER and trained.base and is_local(trained.base):
         notes.append(
             f"{models.ADAPTER_FILE} names the base as a folder, {trained.base}; write its hub id or its place "
             f"there where the adapter goes."

@@ -25,7 +25,7 @@ def chat_template(form: Format) -> str | None:
     no space before it makes the ids those of training, the template is as it stands; `reads_as_in_training` says so.
     """
     if form.name == "chat":
-        body = form.chat_template
+        body = form.chat_template or ""
     elif form.name in TEMPLATES:
         body = TEMPLATES[form.name].read_text(encoding="utf-8").rstrip("\n")
     else:

@@ -56,7 +56,7 @@ def _explained(repository: str, remedy: str = "") -> Iterator[None]:
                 f"that may write there{remedy}"
             ) from None
         raise MachineError(f"the hub did not take {repository}: {_first_line(e)}{remedy}") from None
-    except (TRANSPORT_ERROR, OSError) as e:
+    except (TRANSPORT_ERROR, OSError) as e:  # type: ignore[misc]  # its base is an exception as well
         raise MachineError(f"the hub cannot be reached ({_first_line(e)}){remedy}") from None
 
 

@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -139,7 +140,9 @@ def _take_rounded_weights(model: PreTrainedModel, quantized: PreTrainedModel) ->
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    rounded = {name: layer.weight for name, layer in quantized.named_modules() if isinstance(layer, Linear4bit)}
+    rounded: dict[str, Any] = {
+        name: layer.weight for name, layer in quantized.named_modules() if isinstance(layer, Linear4bit)
+    }
     assert rounded, "a 4-bit model has 4-bit layers"
     for name, weight in rounded.items():
         layer = model.get_submodule(name)

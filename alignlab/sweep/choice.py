@@ -256,7 +256,7 @@ def _warnings(finished: Sequence[Measured]) -> list[str]:
 
 def _written(row: Row) -> SweepMember:
     figures = {name: getattr(row.measured, name) for name in (*FIGURES, "perplexity_change")} if row.measured else {}
-    about = {"run": row.member.name, "path": str(row.path), "settings": row.member.settings}
+    about: dict[str, Any] = {"run": row.member.name, "path": str(row.path), "settings": row.member.settings}
     return SweepMember(**about, status=row.status, error=row.error, **figures)
 
 
