@@ -178,6 +178,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         model=_build(ModelSection, ("model",), values),
         monitor=_build(MonitorSection, ("monitor",), values),
         sweep=_build(SweepSection, ("sweep",), values),
+        evaluate=_build(EvaluateSection, ("evaluate",), values),
         sft=_under(("sft",), values),
         dpo=_under(("dpo",), values),
         sources={".".join(key): where for key, where in sources.items()},

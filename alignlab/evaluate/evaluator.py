@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,10 @@ class Options:
 
     @property
     def asked(self) -> dict[str, str]:
-        """What tells this evaluation from another of the same models."""
+        """What tells this evaluation from another of the same models: what is not as it is by default."""
         unimportant = ("url", "max_requests", "targets")
-        return {name: str(value) for name, value in vars(self).items() if name not in unimportant}
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unimportant}
+        return {name: str(value) for name, value in given.items() if value != getattr(Options, name)}
 
 
 def evaluate(runs: Sequence[Run], options: Options) -> Path:
