@@ -71,11 +71,7 @@ def held_out_rows(run: Run, form: Format, most: int) -> Rows:
         if reply is not None  # it would merge into a token with the prompt
     ]
     found = [(prompt, reply) for prompt, reply in found if reply]
-<<<<<<< HEAD
-    return Rows(samples[0].get("split"), [prompt for prompt, _ in found], [reply for _, reply in found])
-=======
     return Rows(str(samples[0].get("split")), [prompt for prompt, _ in found], [reply for _, reply in found])
->>>>>>> page
 
 
 @torch.no_grad()
