@@ -482,7 +482,7 @@ def cut_back(run: Run, step: int, logged: Sequence[Mapping[str, Any]]) -> None:
         log.warning("%s had lost %d of %d rows; they are back, without their times", run.metrics_file, lost, len(rows))
     write_lines(run.metrics_file, rows)
     write_lines(run.samples_file, [row for row in run.samples() if row["step"] <= step and row["split"] != "test"])
-    if run.manifest.warnings:
+    if run.has_started and run.manifest.warnings:
         run.note(warnings=[warning for warning in run.manifest.warnings if warning.step <= step])
 
 

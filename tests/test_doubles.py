@@ -18,7 +18,7 @@ from alignlab.doctor.doubles import QUOTED, double_findings, human_turns, letter
 from alignlab.format import Dialogue, Format
 from alignlab.prompts import as_transcript
 from alignlab.recipe import DataSection
-from alignlab.tables import UNSAFE
+from alignlab.text import UNSAFE
 from alignlab.transcript import Turn
 
 HOSTILE = ("\x00\x1b[31m\r\n", "\u202eevil\u200f", "你好，世界。" * 20, "a" * 10**6, "🙂", "e\u0301", "")
@@ -39,7 +39,7 @@ def prepared_of(rows):
         tables[split] = datasets.Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), columns, strict=True)))
     none = {"rows": len(full), "dropped": {}, "repaired": {}, "parts": [], "files": [], "dialogues": {}}
     kept = {split: len(table) for split, table in tables.items()}
-    return Prepared(**tables, **none, kept=kept, dropped_rows=Path(), fingerprint="", folder=Path())
+    return Prepared(**tables, **none, not_read={}, kept=kept, dropped_rows=Path(), fingerprint="", folder=Path())
 
 
 def found_in(rows, transcript=str):

@@ -9,6 +9,7 @@ import pytest
 from commands import alignlab
 
 from alignlab.cli import main
+from alignlab.disk import read_record
 from alignlab.doctor.finding import LEVELS, NAMES
 from alignlab.doctor.page import render
 from alignlab.facts.runs import read_run
@@ -52,7 +53,7 @@ def examined(folder: Path, rows: list[dict], *options: str) -> tuple[int, dict]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     (folder / "mine.yaml").write_text(RECIPE)
     code = main(["data", "mine.yaml", *options])
-    return code, json.loads((folder / "runs" / "mine" / EXAMINATION).read_text())
+    return code, read_record(folder / "runs" / "mine" / EXAMINATION)
 
 
 @pytest.fixture

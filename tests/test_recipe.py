@@ -220,7 +220,7 @@ FAULTS = [
     ("dpo: {beta: 0}", "dpo.beta is 0 (r.yaml:3); expected a value above 0"),
     (
         "dpo: {learning_rate: 5e6}",
-        "dpo.learning_rate is 5000000.0 (r.yaml:3); expected a value above 0 and at most 1, such as 5e-6",
+        "dpo.learning_rate is '5e6' (r.yaml:3); expected a value above 0 and at most 1, such as 5e-6",
     ),
     ("dpo: {beta: .nan}", "dpo.beta is nan (r.yaml:3); expected a value above 0"),
     ("data: {test_share: 1.0}", "data.test_share is 1.0 (r.yaml:3); expected a share: at least 0 and below 1"),

@@ -264,14 +264,15 @@ def test_a_stopped_run_runs_again_and_keeps_its_facts(tmp_path):
     assert (facts.status, facts.stop_reason, facts.training_seconds) == ("running", None, 3.5)
 
 
-def test_force_keeps_the_older_run_aside(tmp_path, capsys):
+def test_force_keeps_the_older_run_aside(tmp_path, caplog):
+    caplog.set_level("INFO", "alignlab")
     start(tmp_path / "dpo").note(status="finished", best_step=7)
     start(tmp_path / "dpo", force=True).note(best_step=8)
     new = start(tmp_path / "dpo", {"dpo": {"beta": 0.5}}, force=True)
     assert not new.is_finished and new.manifest.best_step is None
     assert Run(tmp_path / "dpo.old1").manifest.best_step == 7
     assert Run(tmp_path / "dpo.old2").manifest.best_step == 8
-    assert f"{tmp_path}/dpo: the older run is kept as {tmp_path}/dpo.old2" in capsys.readouterr().err
+    assert f"{tmp_path}/dpo: the older run is kept as {tmp_path}/dpo.old2" in caplog.text
 
 
 def test_force_on_nothing_is_an_ordinary_start(tmp_path):

@@ -26,7 +26,7 @@ from alignlab.doctor.texts import (
     signs,
 )
 from alignlab.recipe import DataSection
-from alignlab.tables import UNSAFE
+from alignlab.text import UNSAFE
 
 UNLIMITED = {"max_prompt_tokens": 10**6, "max_reply_tokens": 10**6}
 MIB = 2**20

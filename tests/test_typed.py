@@ -15,7 +15,7 @@ import pytest
 
 from alignlab import typed
 from alignlab.errors import RunError
-from alignlab.report import write_report
+from alignlab.report.page import write_report
 from alignlab.run import Manifest, Run, find_run, read_sweep
 from alignlab.summary import summarize
 from alignlab.sweep.choice import collect
