@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.cli import main
+from alignlab.disk import seal
 from alignlab.errors import AlignlabError
 from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
 from alignlab.export.card import chosen_from, is_local
@@ -25,7 +26,8 @@ from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
 from alignlab.format import Dialogue, Format
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
-from alignlab.run import Run, find_run, finished
+from alignlab.run import Run, find_run, finished, seal_files
+from alignlab.tables import figure
 from alignlab.text import paths_in, publishable
 from alignlab.train import train_dpo, train_sft
 from alignlab.transcript import Turn, split_last_turn, split_turns
@@ -187,7 +189,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
     test, parent = run.manifest.test, run.manifest.parent
-    assert f"| margin | – | {test.margin} |" in card
+    assert f"| margin | – | {figure(test.margin)} |" in card
     assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
     assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -219,6 +221,8 @@ def on_hub(run: Run, folders) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "someone/a-llama"}))
     run.recipe_file.write_text(run.recipe_file.read_text().replace(str(folders["llama"]), "someone/a-llama"))
     run.note(base={"name": "someone/a-llama", "revision": "abc123"})
+    seal(run.model)
+    seal_files(run)
 
 
 def test_the_card_counts_only_the_members_that_were_trained(tmp_path):
@@ -350,6 +354,7 @@ def refused(run: Run, to: Path, wish: Wish, why: str) -> None:
 def test_a_base_that_is_gone_is_one_line(copied, folders, tmp_path):
     file = copied.model / "adapter_config.json"
     file.write_text(file.read_text().replace(str(folders["llama"]), "/nowhere/llama"))
+    seal(copied.model)
     copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest.base.weights})
     refused(copied, tmp_path / "out", Wish(), "is gone: there is no folder /nowhere/llama")
     assert export(copied, tmp_path / "out", Wish(model=str(folders["llama"]))).difference.reply_most < 1e-3

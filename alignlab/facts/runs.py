@@ -20,7 +20,7 @@ from alignlab.estimate import Estimate, is_number
 from alignlab.facts.evaluation import FILE, Evaluation, Kept, Target, all_evaluations, judge_targets, read_evaluation
 from alignlab.facts.logs import MetricRow, last_samples, read_metrics
 from alignlab.recipe import TargetsSection
-from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of
+from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of, refuse_changed
 from alignlab.tables import WinRate
 
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
@@ -167,6 +167,7 @@ def read_run(path: Path) -> RunFacts:
     if not run.has_started:
         raise RunError(f"{path} holds no run (it has no manifest.json); name a run directory, such as runs/tiny/dpo")
     manifest = run.manifest
+    refuse_changed(run)
     rows, notices = read_metrics(run.metrics_file)
     if manifest.status == "finished" and not rows:
         raise RunError(f"{path} is finished, but has no metrics.jsonl; copy it from where the run was made")
