@@ -8,27 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import expit, logit
+from test_estimate import TIE_RATES, WIN_RATES, holds, outcomes_of
 
 from alignlab.estimate import share_estimate
 from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
-
-WIN_RATES, TIE_RATES = (0.5, 0.7), (0, 0.2, 0.4)
-
-
-def holds(interval, truth: float) -> bool:
-    return interval.low <= truth <= interval.high
-
-
-def trinomials(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ways in which n outcomes can be wins, ties and losses."""
-    wins, ties = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
-    possible = wins + ties <= n
-    return wins[possible], ties[possible], (n - wins - ties)[possible]
-
-
-def outcomes_of(wins: int, ties: int, losses: int) -> list[float]:
-    return [1.0] * wins + [0.5] * ties + [0.0] * losses
-
 
 # Sign test
 
