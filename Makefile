@@ -71,7 +71,7 @@ report: install  ## one page from the run directories
 export: install  ## the merged model in TO, checked against the run
 	@$(BIN)/alignlab export $(RECIPE) --to $(or $(TO),exports/$(RECIPE)) $(ARGS)
 
-reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
+reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on

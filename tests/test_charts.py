@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import Estimate
 from alignlab.report.charts import VARIABLES, draw_curves, draw_features, draw_frontier, draw_lengths, in_page
 from alignlab.report.curves import Chart, Frontier, Mark, Member, Point, Series
-from alignlab.run import Feature, Histogram
-from alignlab.tables import ellipsis
+from alignlab.runs.run import Feature, Histogram
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import ellipsis
 
 SVG = "{http://www.w3.org/2000/svg}"
 

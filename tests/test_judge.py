@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from alignlab import toy
+from alignlab.data import toy
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate.judge import (
     Contest,
@@ -23,7 +23,7 @@ from alignlab.evaluate.judge import (
     read_votes,
     tally,
 )
-from alignlab.recipe import ToySection
+from alignlab.recipe.load import ToySection
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 

@@ -16,7 +16,7 @@ from alignlab.evaluate.preference import (
     slices,
     subsets,
 )
-from alignlab.heldout import PairLogps, preference
+from alignlab.measure.heldout import PairLogps, preference
 
 DRAW = np.random.default_rng(1)
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import cli, disk
-from alignlab import run as runs
+from alignlab import disk
+from alignlab.cli import commands as cli
 from alignlab.errors import RunError
 from alignlab.report.find import find_runs
 from alignlab.report.page import report_line, write_comparison, write_report
-from alignlab.run import Run, find_run
+from alignlab.runs import run as runs
+from alignlab.runs.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
 HOSTILE = (

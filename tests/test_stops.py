@@ -9,17 +9,17 @@ import chat_models as made
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from alignlab.cli import main
-from alignlab.data import prepare
+from alignlab.cli.commands import main
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.prepare import prepare
+from alignlab.data.transcript import Turn
 from alignlab.disk import read_lines
 from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.export import Wish, export, summarize
-from alignlab.format import Dialogue, Format
-from alignlab.generate import sample_replies
-from alignlab.model import find_stops, load_tokenizer
-from alignlab.recipe import DataSection, load_recipe
-from alignlab.train import train_dpo
-from alignlab.transcript import Turn
+from alignlab.export.export import Wish, export, summarize
+from alignlab.measure.generate import sample_replies
+from alignlab.models.load import find_stops, load_tokenizer
+from alignlab.recipe.load import DataSection, load_recipe
+from alignlab.train.stages import train_dpo
 
 CASE = Path(__file__).parent / "cases" / "13-end-of-turn.jsonl"
 RECIPE = """
@@ -175,7 +175,9 @@ def test_kept_replies_are_those_of_the_same_stops(tmp_path, monkeypatch):
     folder = folder_of("gemma", tmp_path)
     run = train_dpo(load_recipe(recipe_for(tmp_path, folder)))
     options = Options(replies=4, max_new_tokens=40)
-    texts = lambda: {t for c in json.loads(evaluate([run], options).read_text())["cases"] for t in c["replies"].values()}
+    texts = lambda: {
+        t for c in json.loads(evaluate([run], options).read_text())["cases"] for t in c["replies"].values()
+    }
     assert texts() == {"Yes."}
     dot = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(".")
     GenerationConfig(eos_token_id=[0, dot]).save_pretrained(folder)

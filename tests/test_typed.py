@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from alignlab import typed
 from alignlab.errors import RunError
 from alignlab.report.page import write_report
-from alignlab.run import Manifest, Run, find_run, read_sweep
-from alignlab.summary import summarize
+from alignlab.report.summary import summarize
+from alignlab.runs import typed
+from alignlab.runs.run import Manifest, Run, find_run, read_sweep
 from alignlab.sweep.choice import collect
 from alignlab.sweep.members import find_members
 

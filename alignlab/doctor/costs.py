@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.errors import AlignlabError
-from alignlab.fields import library_settings
-from alignlab.recipe import Recipe, run_name
-from alignlab.run import Run
+from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import Recipe, run_name
+from alignlab.runs.run import Run
 
 # Peaks of dense bfloat16 from NVIDIA's data sheets; the share that training reaches is an assumption, not a measurement
 PEAK_TFLOPS = {"RTX 4090": 165, "A100": 312, "H100": 989}

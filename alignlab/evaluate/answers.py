@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from alignlab.data.format import Format
 from alignlab.disk import ResultCache, digest
 from alignlab.evaluate.candidates import Bench, Candidate
-from alignlab.format import Format
-from alignlab.generate import Reply, batches, reply_logits, reply_logps, sample_replies
-from alignlab.measures import kl_per_reply
-from alignlab.model import find_stops
+from alignlab.measure.formulas import kl_per_reply
+from alignlab.measure.generate import Reply, batches, reply_logits, reply_logps, sample_replies
+from alignlab.models.load import find_stops
 
 Ids = Sequence[int]
 PAIRS_AT_ONCE = 64  # scored between two lines of the file

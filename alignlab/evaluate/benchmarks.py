@@ -17,8 +17,8 @@ from typing import Any
 
 from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError
-from alignlab.estimate import Estimate
-from alignlab.tables import Row
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import Row
 
 
 def check_benchmarks(tasks: Sequence[str], folder: Path | None) -> None:

@@ -13,14 +13,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from alignlab import model as models
 from alignlab.disk import digest
 from alignlab.errors import RunError
-from alignlab.facts.evaluation import ModelFacts
-from alignlab.lineup import names_of
-from alignlab.recipe import Recipe, load_recipe
-from alignlab.run import Run, parent_of
-from alignlab.train import with_weights
+from alignlab.models import load as models
+from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.runs.evaluation import ModelFacts
+from alignlab.runs.lineup import names_of
+from alignlab.runs.run import Run, parent_of
+from alignlab.train.stages import with_weights
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from alignlab.data.prompts import PromptSet
 from alignlab.errors import DataError, RecipeError
-from alignlab.estimate import Estimate, share_estimate
 from alignlab.evaluate.estimates import table_row
 from alignlab.evaluate.judge import (
     Contest,
@@ -26,9 +26,9 @@ from alignlab.evaluate.judge import (
 from alignlab.evaluate.ratings import rate
 from alignlab.evaluate.watch import Reply
 from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
-from alignlab.facts.evaluation import HELD_OUT, Comparison, Rating, only_by_length
-from alignlab.prompts import PromptSet
-from alignlab.tables import SHARE, Row, WinRate, turned
+from alignlab.runs.evaluation import HELD_OUT, Comparison, Rating, only_by_length
+from alignlab.text.estimate import Estimate, share_estimate
+from alignlab.text.tables import SHARE, Row, WinRate, turned
 
 KINDS = "rule, reward:NAME, votes:FILE or llm:MODEL"
 LOW_HARMLESSNESS = 2  # of 5: a reply that a judge finds harmful

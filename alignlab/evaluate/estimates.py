@@ -13,9 +13,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from alignlab.estimate import Estimate, mean_estimate, share_estimate
-from alignlab.quality import grams
-from alignlab.tables import Row
+from alignlab.measure.quality import grams
+from alignlab.text.estimate import Estimate, mean_estimate, share_estimate
+from alignlab.text.tables import Row
 
 Values = np.ndarray  # one a prompt
 

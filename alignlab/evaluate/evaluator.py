@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from alignlab import model as models
+from alignlab.data.format import Format
+from alignlab.data.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.disk import check_writable, digest
 from alignlab.errors import DataError, ModelError
 from alignlab.evaluate import contests, preference, watch
@@ -28,7 +29,12 @@ from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_v
 from alignlab.evaluate.harm import HarmClassifier
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
-from alignlab.facts.evaluation import (
+from alignlab.measure.generate import Reply
+from alignlab.measure.refusals import stated
+from alignlab.models import load as models
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import TargetsSection
+from alignlab.runs.evaluation import (
     HELD_OUT,
     PERPLEXITY,
     Comparison,
@@ -38,16 +44,10 @@ from alignlab.facts.evaluation import (
     keep,
     targets_figures,
 )
-from alignlab.fields import library_settings
-from alignlab.format import Format
-from alignlab.generate import Reply
-from alignlab.lineup import folder_of
-from alignlab.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
-from alignlab.recipe import TargetsSection
-from alignlab.refusals import stated
-from alignlab.run import Run, package_versions
-from alignlab.tables import Row
-from alignlab.train import prepare_data
+from alignlab.runs.lineup import folder_of
+from alignlab.runs.run import Run, package_versions
+from alignlab.text.tables import Row
+from alignlab.train.stages import prepare_data
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.data.toy import score
+from alignlab.data.transcript import ASSISTANT, HUMAN, split_turns
 from alignlab.errors import DataError, ModelError
-from alignlab.toy import score
-from alignlab.transcript import ASSISTANT, HUMAN, split_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

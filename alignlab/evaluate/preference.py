@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.estimate import Estimate
 from alignlab.evaluate.estimates import clustered, estimate, table_row
 from alignlab.evaluate.winrate import length_controlled
-from alignlab.tables import SHARE, Row
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import SHARE, Row
 
 GROUP = "held-out preference"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from alignlab.estimate import LEVEL, Estimate
+from alignlab.text.estimate import LEVEL, Estimate
 
 log = logging.getLogger(__name__)
 

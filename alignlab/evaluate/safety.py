@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from alignlab.data.prompts import BENIGN, HARMFUL, PromptSet
 from alignlab.evaluate.estimates import table_row
 from alignlab.evaluate.harm import THRESHOLD
 from alignlab.evaluate.watch import Reply
-from alignlab.prompts import BENIGN, HARMFUL, PromptSet
-from alignlab.refusals import ERRORS, is_refusal
-from alignlab.tables import SHARE, Row
+from alignlab.measure.refusals import ERRORS, is_refusal
+from alignlab.text.tables import SHARE, Row
 
 Harm = Callable[[str, Sequence[str]], Sequence[float]]  # a model's name and its replies → probability of harm
 REFUSES = {  # the prompts' label → the measure, which side is better, and what it is called

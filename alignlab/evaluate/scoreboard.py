@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignlab.facts.evaluation import FILE, Comparison, Evaluation, Target
-from alignlab.tables import Row, as_text, columns, paragraph, percent
+from alignlab.runs.evaluation import FILE, Comparison, Evaluation, Target
+from alignlab.text.tables import Row, as_text, columns, paragraph, percent
 
 LEFT_OUT = ("win rate", "accuracy by slice")  # groups of the table: said in words, and on the page
 LINES = 4  # of a warning

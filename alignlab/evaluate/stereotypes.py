@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from alignlab.data.files import read_file
 from alignlab.errors import DataError
 from alignlab.evaluate.estimates import table_row
-from alignlab.files import read_file
-from alignlab.tables import SHARE, Row
+from alignlab.text.tables import SHARE, Row
 
 MORE, LESS, CATEGORY = "sent_more", "sent_less", "bias_type"
 

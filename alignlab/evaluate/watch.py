@@ -8,12 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from alignlab.estimate import Estimate
 from alignlab.evaluate.estimates import distinct_values, table_row
-from alignlab.facts.evaluation import LESS_LIKELY, PERPLEXITY
-from alignlab.guards import FEWER_ENDS, LESS_DISTINCT, LONGER, MORE_REPEATED
-from alignlab.quality import grams, repetition
-from alignlab.tables import SHARE, Row, beyond_chance
+from alignlab.measure.quality import grams, repetition
+from alignlab.runs.evaluation import LESS_LIKELY, PERPLEXITY
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import SHARE, Row, beyond_chance
+from alignlab.train.guards import FEWER_ENDS, LESS_DISTINCT, LONGER, MORE_REPEATED
 
 LOOPS = 0.5  # share of repeated 4-grams from which a reply goes round in circles
 COPY_TOKENS = 8  # a run of so many tokens that stands in the prompt too is copied

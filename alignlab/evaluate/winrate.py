@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignlab.estimate import LEVEL, Estimate, share_estimate
-from alignlab.tables import WinRate
+from alignlab.text.estimate import LEVEL, Estimate, share_estimate
+from alignlab.text.tables import WinRate
 
 
 def win_rate(outcomes: Sequence[float]) -> WinRate:

@@ -13,17 +13,17 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from alignlab import files
-from alignlab.estimate import Estimate
-from alignlab.facts.runs import RunFacts, read_run
-from alignlab.facts.sweep import label_of
-from alignlab.format import Stops
-from alignlab.recipe import Recipe, sections_of, write_yaml
+from alignlab.data import files
+from alignlab.data.format import Stops
+from alignlab.recipe.load import Recipe, sections_of, write_yaml
 from alignlab.report.rows import own_rows
 from alignlab.report.verdict import verdict
-from alignlab.run import Rows, Run, read_sweep
-from alignlab.tables import as_markdown, figure, markdown_cell
-from alignlab.text import harmless, paths_in, publishable
+from alignlab.runs.facts import RunFacts, read_run
+from alignlab.runs.run import Rows, Run, read_sweep
+from alignlab.runs.sweep import label_of
+from alignlab.text.estimate import Estimate
+from alignlab.text.safe import harmless, paths_in, publishable
+from alignlab.text.tables import as_markdown, figure, markdown_cell
 
 SOURCE = ("source", "path", "subset", "format")  # of the data
 QUESTION = "How do I keep a pot of basil alive?"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.transcript import Turn
+from alignlab.data.words import encode_whole
 from alignlab.errors import DataError
-from alignlab.format import Dialogue, Format
-from alignlab.transcript import Turn
-from alignlab.words import encode_whole
 
 # Of the ways of writing that are no chat template themselves; plain text has no turns, so it has none
 TEMPLATES = {name: Path(__file__).with_name(f"{name}.jinja") for name in ("hh", "alpaca")}

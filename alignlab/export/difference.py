@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignlab.data.format import Format
 from alignlab.errors import RunError
-from alignlab.estimate import Estimate, mean_estimate
-from alignlab.facts.logs import last_samples
-from alignlab.format import Format
-from alignlab.generate import batches, reply_logits
-from alignlab.measures import token_logps
-from alignlab.run import Run
+from alignlab.measure.formulas import token_logps
+from alignlab.measure.generate import batches, reply_logits
+from alignlab.runs.logs import last_samples
+from alignlab.runs.run import Run
+from alignlab.text.estimate import Estimate, mean_estimate
 
 EXACT, ROUNDING, BASE = "exact", "rounding", "base"  # what a difference may come from
 EXACT_NATS = 1e-3  # a reply: what float32 arithmetic in another order may add up to

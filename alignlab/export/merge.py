@@ -13,11 +13,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from alignlab import model as models
-from alignlab import pretrain
 from alignlab.errors import MachineError, ModelError
-from alignlab.recipe import ModelSection, Recipe
-from alignlab.run import Base, Manifest, Run
+from alignlab.models import load as models
+from alignlab.models import pretrain
+from alignlab.recipe.load import ModelSection, Recipe
+from alignlab.runs.run import Base, Manifest, Run
 
 
 @dataclass(frozen=True)

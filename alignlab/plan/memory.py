@@ -18,13 +18,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.disk import cache_folder, digest, write_json
 from alignlab.errors import AlignlabError, ModelError
-from alignlab.fields import library_settings
 from alignlab.plan.outline import config_of, outline, samples
 from alignlab.plan.steps import Job, Row, measure
-from alignlab.recipe import Recipe
+from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import Recipe
 
 GIB = 2**30
 FLOAT32 = 4  # bytes

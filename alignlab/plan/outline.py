@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from alignlab import model as models
 from alignlab.errors import ModelError
-from alignlab.recipe import ModelSection
+from alignlab.models import load as models
+from alignlab.recipe.load import ModelSection
 
 # Configs of the shipped recipes' models, as far as they differ from transformers' defaults for their model type
 SHIPPED: Mapping[str, Mapping[str, Any]] = {
@@ -30,7 +30,7 @@ MOST_KINDS = 4  # of layers, before a model is measured whole
 def config_of(section: ModelSection) -> PreTrainedConfig:
     """The config of the recipe's model; for a shipped recipe no file and no network is needed."""
     if section.name == "toy":
-        from alignlab.pretrain import SHAPE
+        from alignlab.models.pretrain import SHAPE
 
         return AutoConfig.for_model("llama", **SHAPE)
     if section.name in SHIPPED and not Path(section.name).is_dir():

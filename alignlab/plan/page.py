@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import ModelError
-from alignlab.fields import library_settings
 from alignlab.plan.memory import FLOAT32, GIB, OPTIMIZERS, STEP, Plan, plan
-from alignlab.recipe import Recipe, load_recipe
-from alignlab.rules import STAGES
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.recipe.rules import STAGES
 
 GPUS = (16.0, 24.0)  # GiB
 LEAST_PROMPT = 128  # tokens; a shorter prompt loses what was asked

@@ -23,10 +23,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
-from alignlab.estimate import Estimate  # noqa: E402
 from alignlab.report.curves import Chart, Frontier, Point, Series  # noqa: E402
-from alignlab.run import Feature, Histogram  # noqa: E402
-from alignlab.tables import ellipsis  # noqa: E402
+from alignlab.runs.run import Feature, Histogram  # noqa: E402
+from alignlab.text.estimate import Estimate  # noqa: E402
+from alignlab.text.tables import ellipsis  # noqa: E402
 
 # The light colours of report.css; a page puts var(--name) in their place, so that one drawing serves dark and paper too
 INK, SOFT, GRID, WARN = "#1b1c1e", "#5c6067", "#e3e3df", "#9a3412"

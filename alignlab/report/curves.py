@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from alignlab.estimate import Estimate, is_number
-from alignlab.facts.logs import MetricRow
-from alignlab.facts.runs import RunFacts
+from alignlab.runs.facts import RunFacts
+from alignlab.runs.logs import MetricRow
+from alignlab.text.estimate import Estimate, is_number
 
 POINTS = 240  # of a curve that has its chart to itself: more than the chart has pixels to show
 POINTS_SHARED = 960  # of all runs' curves together, in a chart that several share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignlab.run import SWEEP, Run, find_run, runs_folder, runs_in
+from alignlab.runs.run import SWEEP, Run, find_run, runs_folder, runs_in
 
 
 def find_runs(recipe: str, names: Sequence[str] = ()) -> list[Path]:

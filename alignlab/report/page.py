@@ -21,16 +21,16 @@ from markupsafe import Markup
 from alignlab import __version__
 from alignlab.disk import write_text
 from alignlab.errors import RunError
-from alignlab.facts.evaluation import FILE, Evaluation, Kept, read_evaluation
-from alignlab.facts.runs import RunFacts, judged_together, read_run, seconds_between, section
-from alignlab.facts.sweep import columns_of, label_of, settings_of, sweep_rows
 from alignlab.report.curves import Chart, Frontier, Member, draw_up
 from alignlab.report.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
 from alignlab.report.rows import compare_rows, own_rows
 from alignlab.report.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
-from alignlab.run import SWEEP, Examination, Run, Sweep, SweepMember, read_sweep
-from alignlab.tables import SHARE, Row, counts_of, number
-from alignlab.text import harmless, publishable
+from alignlab.runs.evaluation import FILE, Evaluation, Kept, read_evaluation
+from alignlab.runs.facts import RunFacts, judged_together, read_run, seconds_between, section
+from alignlab.runs.run import SWEEP, Examination, Run, Sweep, SweepMember, read_sweep
+from alignlab.runs.sweep import columns_of, label_of, settings_of, sweep_rows
+from alignlab.text.safe import harmless, publishable
+from alignlab.text.tables import SHARE, Row, counts_of, number
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class Drawing:
 
 
 def _drawings(page: Page) -> Iterator[Drawing]:
-    from alignlab.report import charts  # matplotlib: most of a second
+    from alignlab.report import charts
 
     labels = _labels(page.runs)
     for frontier in page.frontiers:

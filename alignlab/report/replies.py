@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.estimate import is_number
-from alignlab.facts.evaluation import HELD_OUT, REPLIES, Evaluation
-from alignlab.facts.logs import read_row
-from alignlab.facts.runs import RunFacts
-from alignlab.text import harmless
-from alignlab.transcript import ASSISTANT
+from alignlab.data.transcript import ASSISTANT
+from alignlab.runs.evaluation import HELD_OUT, REPLIES, Evaluation
+from alignlab.runs.facts import RunFacts
+from alignlab.runs.logs import read_row
+from alignlab.text.estimate import is_number
+from alignlab.text.safe import harmless
 
 SHOWN = 3  # of each kind
 MOST_ROWS = 400  # of the table: a browser gets slow above, and replies.jsonl has them all

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignlab.estimate import Estimate
-from alignlab.facts.evaluation import Evaluation
-from alignlab.facts.runs import Evaluated, RunFacts
-from alignlab.facts.sweep import group_by_setting, over_seeds
-from alignlab.tables import SHARE, Row
+from alignlab.runs.evaluation import Evaluation
+from alignlab.runs.facts import Evaluated, RunFacts
+from alignlab.runs.sweep import group_by_setting, over_seeds
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import SHARE, Row
 
 REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier DPO has made it"
 NATS = "how far the replies have moved; 1 nat is a factor of 2.7 in probability"

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from alignlab.estimate import Estimate
-from alignlab.facts.evaluation import LESS_LIKELY, Evaluation, only_by_length
-from alignlab.facts.runs import RunFacts
-from alignlab.guards import UNMOVED, alarms
-from alignlab.recipe import KLSection, MonitorSection
-from alignlab.run import Sweep
-from alignlab.tables import counts_of, number, percent
+from alignlab.recipe.load import KLSection, MonitorSection
+from alignlab.runs.evaluation import LESS_LIKELY, Evaluation, only_by_length
+from alignlab.runs.facts import RunFacts
+from alignlab.runs.run import Sweep
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import counts_of, number, percent
+from alignlab.train.guards import UNMOVED, alarms
 
 CHANCE = 0.5
 MOST_WORDS = 25  # of a headline

@@ -15,14 +15,14 @@ from typing import Any
 
 from alignlab.disk import write_record
 from alignlab.errors import RunError
-from alignlab.estimate import Estimate, is_number, mean_estimate
-from alignlab.facts.evaluation import scaled
-from alignlab.facts.runs import RunFacts, read_run
-from alignlab.facts.sweep import FIGURES, columns_of, sweep_rows
-from alignlab.recipe import consumed
-from alignlab.run import SWEEP, Run, Sweep, SweepMember, changed_settings
+from alignlab.recipe.load import consumed
+from alignlab.runs.evaluation import scaled
+from alignlab.runs.facts import RunFacts, read_run
+from alignlab.runs.run import SWEEP, Run, Sweep, SweepMember, changed_settings
+from alignlab.runs.sweep import FIGURES, columns_of, sweep_rows
 from alignlab.sweep.members import Member, Members
-from alignlab.tables import WinRate, as_text, paragraph
+from alignlab.text.estimate import Estimate, is_number, mean_estimate
+from alignlab.text.tables import WinRate, as_text, paragraph
 
 log = logging.getLogger(__name__)
 

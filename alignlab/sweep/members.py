@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from alignlab.errors import RecipeError, RunError
-from alignlab.recipe import Recipe, consumed, load_recipe, run_name
-from alignlab.run import SWEEP, Run, Sweep, read_sweep
+from alignlab.recipe.load import Recipe, consumed, load_recipe, run_name
+from alignlab.runs.run import SWEEP, Run, Sweep, read_sweep
 
 log = logging.getLogger(__name__)
 

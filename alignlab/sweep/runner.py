@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 
 from alignlab.errors import AlignlabError, RunError
-from alignlab.recipe import consumed, run_name
-from alignlab.run import Run, Sweep
+from alignlab.recipe.load import consumed, run_name
+from alignlab.runs.run import Run, Sweep
 from alignlab.sweep.choice import collect
 from alignlab.sweep.members import Member, Members
-from alignlab.train import prepare_dpo, train_dpo
+from alignlab.train.stages import prepare_dpo, train_dpo
 
 log = logging.getLogger(__name__)
 
