@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 PACKAGE = Path(alignlab.__file__).parent
 # In the order in which data flows: each imports only from those before it.
 ROOMS = (
-    *("errors", "disk", "text", "recipe", "data", "runs", "models", "measure", "plan", "train", "report", "sweep"),
-    *("evaluate", "doctor", "export", "rounds", "people", "cli"),
+    *("errors", "disk", "text", "recipe", "data", "runs", "models", "measure", "memory", "train", "reports", "sweeps"),
+    *("evaluation", "doctor", "exports", "rounds", "people", "cli"),
 )
 
 ARCHITECTURE = """# How is the code arranged?
@@ -51,8 +51,8 @@ dpo: {{beta: 0.05, loss_type: [sigmoid, sft]}}
 Any value can be changed for one run: `alignlab dpo mine dpo.beta=0.3`. All faults of a recipe are listed together, each
 with its file, its line and a suggestion.
 
-Three parts are the libraries' own, field by field: `sft` is TRL's `SFTConfig`, `dpo` its `DPOConfig`, and `model.lora` is
-peft's `LoraConfig`. The rest of this page has what is not in their documentation.
+Three parts are the libraries' own, field by field: `sft` is TRL's `SFTConfig`, `dpo` its `DPOConfig`, `model.lora`
+is peft's `LoraConfig`. The rest of this page has what is not in their documentation.
 
 alignlab sets some of TRL's fields itself. Setting one of these is an error that says why:
 

@@ -18,8 +18,8 @@ from alignlab.recipe.load import consumed, write_yaml
 from alignlab.runs import run as runs
 from alignlab.runs.run import Run, find_run, read_sweep
 from alignlab.runs.sweep import columns_of, settings_of
-from alignlab.sweep.choice import Measured, choose, collect, render
-from alignlab.sweep.members import Members, find_members
+from alignlab.sweeps.choice import Measured, choose, collect, render
+from alignlab.sweeps.members import Members, find_members
 from alignlab.text.estimate import Estimate
 
 

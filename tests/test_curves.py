@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.disk import append_line
-from alignlab.report.curves import OF_ONE, OF_SEVERAL, Mark, Point, draw_up, thin
+from alignlab.reports.curves import OF_ONE, OF_SEVERAL, Mark, Point, draw_up, thin
 from alignlab.runs.logs import NAMES, read_metrics
 from alignlab.runs.run import Limits
 

@@ -20,9 +20,9 @@ from alignlab.data import toy
 from alignlab.data.format import Format
 from alignlab.disk import read_lines
 from alignlab.errors import AlignlabError, RunError
-from alignlab.evaluate import answers
-from alignlab.evaluate.candidates import Bench, line_up
-from alignlab.evaluate.evaluator import Options, evaluate
+from alignlab.evaluation import answers
+from alignlab.evaluation.candidates import Bench, line_up
+from alignlab.evaluation.evaluator import Options, evaluate
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, sample_replies
 from alignlab.models import load as models

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from alignlab.errors import RunError
 from alignlab.recipe.load import TargetsSection
-from alignlab.report.page import write_report
-from alignlab.report.replies import judged_replies
+from alignlab.reports.page import write_report
+from alignlab.reports.replies import judged_replies
 from alignlab.runs.evaluation import (
     FILE,
     REPLIES,

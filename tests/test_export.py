@@ -21,11 +21,11 @@ from alignlab.data.format import Dialogue, Format
 from alignlab.data.transcript import Turn, split_last_turn, split_turns
 from alignlab.disk import seal
 from alignlab.errors import AlignlabError
-from alignlab.export import difference
-from alignlab.export.card import chosen_from, is_local
-from alignlab.export.chat import chat_template
-from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
-from alignlab.export.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export
+from alignlab.exports import difference
+from alignlab.exports.card import chosen_from, is_local
+from alignlab.exports.chat import chat_template
+from alignlab.exports.difference import BASE, EXACT, ROUNDING, compare
+from alignlab.exports.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export
 from alignlab.models.load import weights_hash
 from alignlab.recipe.load import load_recipe
 from alignlab.runs.run import Run, find_run, finished, seal_files

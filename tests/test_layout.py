@@ -26,8 +26,8 @@ TREES = {
 }
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
 LIGHT = (
-    *("", "cli.commands", "data.prepare", "data.toy", "data.transcript", "doctor.examination", "plan"),
-    *("recipe.arguments", "recipe.load", "report.page", "report.summary", "runs.facts", "runs.run", "sweep.choice"),
+    *("", "cli.commands", "data.prepare", "data.toy", "data.transcript", "doctor.examination", "memory"),
+    *("recipe.arguments", "recipe.load", "reports.page", "reports.summary", "runs.facts", "runs.run", "sweeps.choice"),
     "train.guards",
 )
 ROOMS = runpy.run_path(str(PACKAGE.parent / "docs" / "make.py"))["ROOMS"]  # the order of docs/architecture.md
@@ -74,9 +74,9 @@ def test_an_import_inside_a_function_counts():
         "    import alignlab.runs.run",
         "    from alignlab import __version__",
         "    from alignlab.data import toy",
-        "    from alignlab.plan import fakes",
+        "    from alignlab.memory import fakes",
     )
-    assert imported(ast.parse("\n".join(lines))) == {"train.stages", "runs.run", "data.toy", "plan.fakes"}
+    assert imported(ast.parse("\n".join(lines))) == {"train.stages", "runs.run", "data.toy", "memory.fakes"}
 
 
 @pytest.mark.parametrize("module", sorted(TREES))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from alignlab.cli.commands import main
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import load_recipe, run_name
-from alignlab.sweep.members import commands, find_members
+from alignlab.sweeps.members import commands, find_members
 
 
 def test_members_are_each_beta_with_each_combination_of_the_grid(small):

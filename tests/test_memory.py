@@ -15,12 +15,12 @@ from alignlab.data.format import Stops
 from alignlab.errors import ModelError
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.memory import memory, outline, steps
+from alignlab.memory.fakes import Fakes, Meter, held_tensors
+from alignlab.memory.page import change, disk, larger_batch, plan_line, verdict
+from alignlab.memory.plan import GIB, plan
 from alignlab.models import load as models
 from alignlab.models import packing
-from alignlab.plan import memory, outline, steps
-from alignlab.plan.fakes import Fakes, Meter, held_tensors
-from alignlab.plan.memory import GIB, plan
-from alignlab.plan.page import change, disk, larger_batch, plan_line, verdict
 from alignlab.recipe.load import load_recipe
 from alignlab.train.probe import probe
 

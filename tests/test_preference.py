@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignlab.evaluate.preference import (
+from alignlab.evaluation.preference import (
     Pairs,
     Rewards,
     length_facts,

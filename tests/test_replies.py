@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.disk import append_line, write_lines
-from alignlab.report.replies import (
+from alignlab.reports.replies import (
     PROMPT_CHARACTERS,
     REPLY_CHARACTERS,
     SHOWN,

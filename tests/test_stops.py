@@ -14,8 +14,8 @@ from alignlab.data.format import Dialogue, Format
 from alignlab.data.prepare import prepare
 from alignlab.data.transcript import Turn
 from alignlab.disk import read_lines
-from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.export.export import Wish, export, summarize
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.exports.export import Wish, export, summarize
 from alignlab.measure.generate import sample_replies
 from alignlab.models.load import find_stops, load_tokenizer
 from alignlab.recipe.load import DataSection, load_recipe

@@ -20,11 +20,11 @@ from alignlab.cli.commands import main
 from alignlab.errors import RunError
 from alignlab.measure import heldout
 from alignlab.recipe.load import load_recipe
-from alignlab.report.page import write_report
+from alignlab.reports.page import write_report
 from alignlab.runs.run import Run, find_run
-from alignlab.sweep.choice import collect
-from alignlab.sweep.members import find_members
-from alignlab.sweep.runner import run_members
+from alignlab.sweeps.choice import collect
+from alignlab.sweeps.members import find_members
+from alignlab.sweeps.runner import run_members
 from alignlab.train import stages as train
 from alignlab.train.stages import train_dpo, train_sft
 from alignlab.train.trainers import AlignDPOTrainer

@@ -17,7 +17,7 @@ from alignlab.data.prepare import prepare
 from alignlab.data.prompts import as_transcript
 from alignlab.data.transcript import Turn
 from alignlab.errors import DataError, ModelError
-from alignlab.export.chat import chat_template, reads_as_in_training
+from alignlab.exports.chat import chat_template, reads_as_in_training
 from alignlab.models import load as models
 from alignlab.models.load import load_tokenizer
 from alignlab.recipe.load import DataSection, load_recipe

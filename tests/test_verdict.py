@@ -9,7 +9,7 @@ from built import KL, evaluation, run_facts, share, warned, wins
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.report.verdict import MOST_WORDS, compare_verdict, duration, side, signs, sweep_verdict, verdict
+from alignlab.reports.verdict import MOST_WORDS, compare_verdict, duration, side, signs, sweep_verdict, verdict
 from alignlab.runs.facts import Evaluated, OnTest
 from alignlab.runs.run import Limits, Rows, Sweep, SweepMember
 from alignlab.text.estimate import Estimate

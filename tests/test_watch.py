@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from alignlab.evaluate.estimates import table_row
-from alignlab.evaluate.watch import PERPLEXITY, copies, look_at, watch_rows, what_got_worse, worse_text
+from alignlab.evaluation.estimates import table_row
+from alignlab.evaluation.watch import PERPLEXITY, copies, look_at, watch_rows, what_got_worse, worse_text
 from alignlab.measure.generate import Reply
 
 PROMPT = list(range(100, 120))

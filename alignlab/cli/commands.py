@@ -109,8 +109,8 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from alignlab.report.find import find_runs
-    from alignlab.report.page import write_report
+    from alignlab.reports.find import find_runs
+    from alignlab.reports.page import write_report
     from alignlab.runs.run import find_run
 
     paths = [find_run(args.recipe, best=True).path] if args.best else find_runs(args.recipe, args.run)
@@ -122,8 +122,8 @@ def _compare(args: argparse.Namespace) -> None:
     from alignlab.text.tables import check_table, write_table
 
     check_table(args.table)
-    from alignlab.report.find import runs_to_compare
-    from alignlab.report.page import page_of_runs, write_comparison
+    from alignlab.reports.find import runs_to_compare
+    from alignlab.reports.page import page_of_runs, write_comparison
 
     paths = runs_to_compare(args.runs)
     if args.table:
@@ -141,9 +141,9 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.text.tables import check_table, write_table
 
     check_table(args.table)
-    from alignlab.evaluate.evaluator import Options, evaluate
-    from alignlab.evaluate.scoreboard import show
-    from alignlab.report.page import report_line
+    from alignlab.evaluation.evaluator import Options, evaluate
+    from alignlab.evaluation.scoreboard import show
+    from alignlab.reports.page import report_line
     from alignlab.runs.evaluation import read_evaluation
     from alignlab.runs.lineup import folder_of
 
@@ -165,8 +165,8 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
-    from alignlab.plan.memory import plan
-    from alignlab.plan.page import GPUS, plan_facts, show_plan, stages_of
+    from alignlab.memory.page import GPUS, plan_facts, show_plan, stages_of
+    from alignlab.memory.plan import plan
 
     stages, gpus = stages_of(recipe, args.of), args.gpu or GPUS
     if args.probe:
@@ -186,10 +186,10 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     if args.push:
-        from alignlab.export.hub import check_push
+        from alignlab.exports.hub import check_push
 
         check_push(args.push, args.public)
-    from alignlab.export.export import Wish, export, summarize
+    from alignlab.exports.export import Wish, export, summarize
     from alignlab.runs.run import Run, find_run, finished
 
     is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
@@ -198,7 +198,7 @@ def _export(args: argparse.Namespace) -> None:
     made = export(run, Path(args.to), wish)
     _print(summarize(made))
     if args.push:
-        from alignlab.export.hub import push
+        from alignlab.exports.hub import push
 
         _print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
@@ -229,13 +229,13 @@ def _train(args: argparse.Namespace) -> int | None:
         check_name(args.run)
     if args.launch:
         return _launch(args, recipe)
-    from alignlab.report.summary import summarize
+    from alignlab.reports.summary import summarize
     from alignlab.train import stages
 
     stage = stages.train_sft if args.command == "sft" else stages.train_dpo
     run = stage(recipe, name=args.run, force=args.force)
     if _is_main_process():
-        from alignlab.report.page import report_line
+        from alignlab.reports.page import report_line
 
         _print(summarize(run))
         _print(report_line(run.path))
@@ -247,8 +247,8 @@ def _sweep(args: argparse.Namespace) -> int | None:
 
     check_table(args.table)
     from alignlab.runs.sweep import columns_of, sweep_rows
-    from alignlab.sweep.choice import collect, render
-    from alignlab.sweep.members import commands, find_members
+    from alignlab.sweeps.choice import collect, render
+    from alignlab.sweeps.members import commands, find_members
 
     members = find_members(args.recipe, args.overrides, args.betas, args.grid)
     if args.print:
@@ -257,7 +257,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
     if args.collect:
         table = collect(members)
     else:
-        from alignlab.sweep.runner import run_members, share
+        from alignlab.sweeps.runner import run_members, share
 
         if args.shared:
             share(members)

@@ -69,7 +69,7 @@ def _hours(stage: str, positions: float, checkpointing: bool, recipe: Recipe) ->
     The rule of Kaplan et al. (arXiv 2001.08361, sec. 2.1), which leaves attention scores out. The reference's
     forward is counted as often as the policy's.
     """
-    from alignlab.plan.outline import config_of, matrix_weights
+    from alignlab.memory.outline import config_of, matrix_weights
 
     try:
         weights = matrix_weights(config_of(recipe.model), recipe.model)

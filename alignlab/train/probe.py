@@ -19,10 +19,10 @@ from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, SFTConfig
 
 from alignlab.data.prepare import Prepared, sft_rows
+from alignlab.memory.fakes import Meter, held_tensors
+from alignlab.memory.plan import GIB, Plan, plan
+from alignlab.memory.steps import Row
 from alignlab.models import load as models
-from alignlab.plan.fakes import Meter, held_tensors
-from alignlab.plan.memory import GIB, Plan, plan
-from alignlab.plan.steps import Row
 from alignlab.recipe.arguments import Circumstances, trl_arguments
 from alignlab.recipe.load import Recipe
 from alignlab.train.reference import with_reference_columns

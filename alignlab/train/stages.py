@@ -28,9 +28,9 @@ from alignlab.data.prepare import Prepared, prepare, prepare_replies, sft_rows
 from alignlab.disk import digest, filling, seal
 from alignlab.errors import AlignlabError, RunError
 from alignlab.measure import heldout
+from alignlab.memory.page import plan_line
 from alignlab.models import load as models
 from alignlab.models import pretrain
-from alignlab.plan.page import plan_line
 from alignlab.recipe.arguments import Circumstances, trl_arguments
 from alignlab.recipe.load import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.recipe.show import far_from_usual

@@ -37,8 +37,8 @@ from transformers import (
 )
 from trl import DPOConfig
 
+from alignlab.memory.plan import GIB, plan
 from alignlab.models import load as models
-from alignlab.plan.memory import GIB, plan
 from alignlab.recipe.arguments import Circumstances, trl_arguments
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.train.probe import MICRO_BATCHES, QUIET, STEPS, measured

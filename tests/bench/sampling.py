@@ -24,8 +24,8 @@ from machine import machine
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from alignlab.disk import write_json
+from alignlab.memory.plan import GIB
 from alignlab.models import load as models
-from alignlab.plan.memory import GIB
 from alignlab.recipe.arguments import Circumstances
 from alignlab.recipe.load import KLSection, load_recipe
 from alignlab.runs.run import Run

@@ -94,10 +94,10 @@ def prepare_environment() -> None:
 def import_everything() -> None:
     import alignlab.data.prepare
     import alignlab.doctor.examination
-    import alignlab.evaluate.evaluator
-    import alignlab.export.export
-    import alignlab.report.page
-    import alignlab.sweep.runner
+    import alignlab.evaluation.evaluator
+    import alignlab.exports.export
+    import alignlab.reports.page
+    import alignlab.sweeps.runner
     import alignlab.train.stages  # noqa: F401
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from alignlab.data.prompts import BENIGN, HARMFUL, PromptSet
-from alignlab.evaluate.estimates import table_row
-from alignlab.evaluate.harm import THRESHOLD
-from alignlab.evaluate.watch import Reply
+from alignlab.evaluation.estimates import table_row
+from alignlab.evaluation.harm import THRESHOLD
+from alignlab.evaluation.watch import Reply
 from alignlab.measure.refusals import ERRORS, is_refusal
 from alignlab.text.tables import SHARE, Row
 

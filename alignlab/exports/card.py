@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from alignlab.data import files
 from alignlab.data.format import Stops
 from alignlab.recipe.load import Recipe, sections_of, write_yaml
-from alignlab.report.rows import own_rows
-from alignlab.report.verdict import verdict
+from alignlab.reports.rows import own_rows
+from alignlab.reports.verdict import verdict
 from alignlab.runs.facts import RunFacts, read_run
 from alignlab.runs.run import Rows, Run, read_sweep
 from alignlab.runs.sweep import label_of
@@ -93,7 +93,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
 
 @cache
 def _template():
-    loader = PackageLoader("alignlab.export", ".")
+    loader = PackageLoader("alignlab.exports", ".")
     environment = Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from alignlab.evaluate.estimates import distinct_values, table_row
+from alignlab.evaluation.estimates import distinct_values, table_row
 from alignlab.measure.quality import grams, repetition
 from alignlab.runs.evaluation import LESS_LIKELY, PERPLEXITY
 from alignlab.text.estimate import Estimate

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.evaluate.estimates import clustered, estimate, table_row
-from alignlab.evaluate.winrate import length_controlled
+from alignlab.evaluation.estimates import clustered, estimate, table_row
+from alignlab.evaluation.winrate import length_controlled
 from alignlab.text.estimate import Estimate
 from alignlab.text.tables import SHARE, Row
 

@@ -20,7 +20,7 @@ from alignlab.runs.evaluation import scaled
 from alignlab.runs.facts import RunFacts, read_run
 from alignlab.runs.run import SWEEP, Run, Sweep, SweepMember, changed_settings
 from alignlab.runs.sweep import FIGURES, columns_of, sweep_rows
-from alignlab.sweep.members import Member, Members
+from alignlab.sweeps.members import Member, Members
 from alignlab.text.estimate import Estimate, is_number, mean_estimate
 from alignlab.text.tables import WinRate, as_text, paragraph
 

@@ -24,7 +24,7 @@ from openai.types.chat import ChatCompletion
 
 from alignlab.disk import ResultCache, cache_folder, digest
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
-from alignlab.evaluate.judge import TIE, Contest, Judgement, Scores, Verdict, combine_orders
+from alignlab.evaluation.judge import TIE, Contest, Judgement, Scores, Verdict, combine_orders
 
 log = logging.getLogger(__name__)
 

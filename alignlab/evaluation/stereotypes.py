@@ -14,7 +14,7 @@ import numpy as np
 
 from alignlab.data.files import read_file
 from alignlab.errors import DataError
-from alignlab.evaluate.estimates import table_row
+from alignlab.evaluation.estimates import table_row
 from alignlab.text.tables import SHARE, Row
 
 MORE, LESS, CATEGORY = "sent_more", "sent_less", "bias_type"

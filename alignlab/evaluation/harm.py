@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import ModelError
-from alignlab.evaluate.judge import load_classifier
+from alignlab.evaluation.judge import load_classifier
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 
 from alignlab.data.format import Format
 from alignlab.disk import ResultCache, digest
-from alignlab.evaluate.candidates import Bench, Candidate
+from alignlab.evaluation.candidates import Bench, Candidate
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import Reply, batches, reply_logits, reply_logps, sample_replies
 from alignlab.models.load import find_stops

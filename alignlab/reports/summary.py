@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignlab.report.rows import own_rows
-from alignlab.report.verdict import duration, verdict
+from alignlab.reports.rows import own_rows
+from alignlab.reports.verdict import duration, verdict
 from alignlab.runs.facts import RunFacts, read_run
 from alignlab.runs.run import Manifest, Run
 from alignlab.text.safe import one_line

@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig
 
 from alignlab.disk import cache_folder, digest, write_json
 from alignlab.errors import AlignlabError, ModelError
-from alignlab.plan.outline import config_of, outline, samples
-from alignlab.plan.steps import Job, Row, measure
+from alignlab.memory.outline import config_of, outline, samples
+from alignlab.memory.steps import Job, Row, measure
 from alignlab.recipe.arguments import Circumstances, trl_arguments
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import ModelError
-from alignlab.plan.memory import FLOAT32, GIB, OPTIMIZERS, STEP, Plan, plan
+from alignlab.memory.plan import FLOAT32, GIB, OPTIMIZERS, STEP, Plan, plan
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.recipe.rules import STAGES

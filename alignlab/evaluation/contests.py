@@ -12,8 +12,8 @@ import numpy as np
 
 from alignlab.data.prompts import PromptSet
 from alignlab.errors import DataError, RecipeError
-from alignlab.evaluate.estimates import table_row
-from alignlab.evaluate.judge import (
+from alignlab.evaluation.estimates import table_row
+from alignlab.evaluation.judge import (
     Contest,
     Judge,
     RewardJudge,
@@ -23,9 +23,9 @@ from alignlab.evaluate.judge import (
     read_votes,
     tally,
 )
-from alignlab.evaluate.ratings import rate
-from alignlab.evaluate.watch import Reply
-from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
+from alignlab.evaluation.ratings import rate
+from alignlab.evaluation.watch import Reply
+from alignlab.evaluation.winrate import length_controlled, sign_test, win_rate
 from alignlab.runs.evaluation import HELD_OUT, Comparison, Rating, only_by_length
 from alignlab.text.estimate import Estimate, share_estimate
 from alignlab.text.tables import SHARE, Row, WinRate, turned
@@ -74,7 +74,7 @@ def seat_judge(
     elif kind == "rule":
         judge = judge_by_rule
     else:
-        from alignlab.evaluate.endpoint import EndpointJudge
+        from alignlab.evaluation.endpoint import EndpointJudge
 
         judge = EndpointJudge(name, url, max_requests=max_requests)
     return lambda a, b: judge

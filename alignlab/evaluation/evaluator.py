@@ -20,15 +20,22 @@ from alignlab.data.format import Format
 from alignlab.data.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.disk import check_writable, digest
 from alignlab.errors import DataError, ModelError
-from alignlab.evaluate import contests, preference, watch
-from alignlab.evaluate.answers import Answers, Decoding
-from alignlab.evaluate.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
-from alignlab.evaluate.candidates import Bench, Candidate, Lineup, line_up, model_facts, refuse_what_cannot_be_compared
-from alignlab.evaluate.contests import Matches
-from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_values, table_row
-from alignlab.evaluate.harm import HarmClassifier
-from alignlab.evaluate.safety import safety_rows
-from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
+from alignlab.evaluation import contests, preference, watch
+from alignlab.evaluation.answers import Answers, Decoding
+from alignlab.evaluation.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
+from alignlab.evaluation.candidates import (
+    Bench,
+    Candidate,
+    Lineup,
+    line_up,
+    model_facts,
+    refuse_what_cannot_be_compared,
+)
+from alignlab.evaluation.contests import Matches
+from alignlab.evaluation.estimates import cluster_sums, perplexity_values, ratio_values, table_row
+from alignlab.evaluation.harm import HarmClassifier
+from alignlab.evaluation.safety import safety_rows
+from alignlab.evaluation.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.measure.generate import Reply
 from alignlab.measure.refusals import stated
 from alignlab.models import load as models

@@ -14,8 +14,8 @@ import torch
 from alignlab.errors import AlignlabError, RunError
 from alignlab.recipe.load import consumed, run_name
 from alignlab.runs.run import Run, Sweep
-from alignlab.sweep.choice import collect
-from alignlab.sweep.members import Member, Members
+from alignlab.sweeps.choice import collect
+from alignlab.sweeps.members import Member, Members
 from alignlab.train.stages import prepare_dpo, train_dpo
 
 log = logging.getLogger(__name__)

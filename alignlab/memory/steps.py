@@ -17,10 +17,10 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, use_a
 from alignlab.errors import ModelError
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, reply_logps
+from alignlab.memory.fakes import Fakes, as_on_cuda, held_tensors
+from alignlab.memory.outline import fill, keep_layers, outline, quantize
 from alignlab.models import load as models
 from alignlab.models.packing import bare_model, decide, share_prefixes
-from alignlab.plan.fakes import Fakes, as_on_cuda, held_tensors
-from alignlab.plan.outline import fill, keep_layers, outline, quantize
 from alignlab.recipe.load import Recipe
 
 AT_ONCE = 8  # replies are scored, where test pairs are (alignlab.generate.reply_logps)

@@ -21,10 +21,10 @@ from markupsafe import Markup
 from alignlab import __version__
 from alignlab.disk import write_text
 from alignlab.errors import RunError
-from alignlab.report.curves import Chart, Frontier, Member, draw_up
-from alignlab.report.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
-from alignlab.report.rows import compare_rows, own_rows
-from alignlab.report.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
+from alignlab.reports.curves import Chart, Frontier, Member, draw_up
+from alignlab.reports.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
+from alignlab.reports.rows import compare_rows, own_rows
+from alignlab.reports.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
 from alignlab.runs.evaluation import FILE, Evaluation, Kept, read_evaluation
 from alignlab.runs.facts import RunFacts, judged_together, read_run, seconds_between, section
 from alignlab.runs.run import SWEEP, Examination, Run, Sweep, SweepMember, read_sweep
@@ -262,13 +262,13 @@ class Drawing:
 
     @property
     def element(self) -> Markup:
-        from alignlab.report.charts import in_page
+        from alignlab.reports.charts import in_page
 
         return Markup(in_page(self.svg, self.words))
 
 
 def _drawings(page: Page) -> Iterator[Drawing]:
-    from alignlab.report import charts
+    from alignlab.reports import charts
 
     labels = _labels(page.runs)
     for frontier in page.frontiers:
@@ -280,7 +280,7 @@ def _drawings(page: Page) -> Iterator[Drawing]:
 
 def _drawings_of_data(found: Examination) -> Iterator[Drawing]:
     """Of the data, with the numbers behind them as text."""
-    from alignlab.report import charts
+    from alignlab.reports import charts
 
     tokens = "; ".join(
         f"{name}: median {of.median:,}, 95% at most {of.p95:,}, longest {of.max:,}" for name, of in found.tokens.items()
@@ -352,7 +352,7 @@ def render(page: Page, file: Path) -> str:
 @cache
 def _template():
     environment = Environment(
-        loader=PackageLoader("alignlab.report", "."),
+        loader=PackageLoader("alignlab.reports", "."),
         autoescape=True,
         finalize=lambda value: shown_text(value) if type(value) is str else value,
         trim_blocks=True,

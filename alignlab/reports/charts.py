@@ -23,7 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator, PercentFormatter  # noqa: E402
 
-from alignlab.report.curves import Chart, Frontier, Point, Series  # noqa: E402
+from alignlab.reports.curves import Chart, Frontier, Point, Series  # noqa: E402
 from alignlab.runs.run import Feature, Histogram  # noqa: E402
 from alignlab.text.estimate import Estimate  # noqa: E402
 from alignlab.text.tables import ellipsis  # noqa: E402

@@ -19,11 +19,11 @@ from alignlab.data.format import FIXED_DAY, Dialogue, Format, Stops
 from alignlab.data.transcript import Turn
 from alignlab.disk import filling, write_json
 from alignlab.errors import ModelError, RunError
-from alignlab.export import difference
-from alignlab.export.card import CAUSES, QUESTION, Made, difference_rows, is_local, write_card
-from alignlab.export.chat import chat_template, reads_as_in_training
-from alignlab.export.difference import Difference, Rows
-from alignlab.export.merge import Trained, find_trained, load_exported, load_trained, merge
+from alignlab.exports import difference
+from alignlab.exports.card import CAUSES, QUESTION, Made, difference_rows, is_local, write_card
+from alignlab.exports.chat import chat_template, reads_as_in_training
+from alignlab.exports.difference import Difference, Rows
+from alignlab.exports.merge import Trained, find_trained, load_exported, load_trained, merge
 from alignlab.models import load as models
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.runs.run import Run, package_versions
