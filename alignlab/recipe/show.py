@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def _list_recipe(path: Path) -> tuple[str, str, Path] | None:
         return path.stem, f"cannot be read: {error}", path
     about = written.get(("about",))
     return (path.stem, str(about.value) if about else "", path) if ("model", "name") in written else None
+
+
+class ShownRecipe(Recipe):
+    """A recipe that prints as `alignlab show` does."""
+
+    def __repr__(self) -> str:
+        return show_recipe(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 def show_recipe(recipe: Recipe) -> str:
