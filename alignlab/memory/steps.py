@@ -18,7 +18,7 @@ from alignlab.errors import ModelError
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, reply_logps
 from alignlab.memory.fakes import Fakes, as_on_cuda, held_tensors
-from alignlab.memory.outline import fill, keep_layers, outline, quantize
+from alignlab.memory.outline import fill, keep_layers, outline, own_tables, quantize
 from alignlab.models import load as models
 from alignlab.models.packing import bare_model, decide, share_prefixes
 from alignlab.recipe.load import Recipe
@@ -82,7 +82,8 @@ class Job:
 def measure(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Counter[str]:
     """Bytes with these layers only: of each part, and `at MOMENT` beside the parts; and the `trained` numbers."""
     policy, second = _policy(job, config, layers), _second_model(job, config, layers)
-    with as_on_cuda() if job.cuda else contextlib.nullcontext(), Fakes() as meter:
+    tables = own_tables() if job.recipe.model.load_in_4bit else contextlib.nullcontext()
+    with tables, as_on_cuda() if job.cuda else contextlib.nullcontext(), Fakes() as meter:
         for model in filter(None, (policy, second)):
             fill(model)
         found = _parts_of(policy, job)
