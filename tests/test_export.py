@@ -190,7 +190,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
     test, parent = run.manifest.test, run.manifest.parent
-    assert f"| margin | – | {figure(test.margin)} |" in card
+    assert f"| margin | – | – | {figure(test.margin)} |" in card
     assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
     assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -207,6 +207,7 @@ def test_the_front_matter_names_what_is_on_the_hub(copied, folders, tmp_path):
     on_hub(copied, folders)
     recipe = copied.recipe_file.read_text().replace("path: null", "path: Anthropic/hh-rlhf", 1)
     copied.recipe_file.write_text(recipe.replace("source: toy", "source: hh-rlhf", 1))
+    seal_files(copied)
     found = export(copied, tmp_path / "out", Wish(form=ADAPTER, model=str(folders["llama"])))
     head = yaml.safe_load((found.path / "README.md").read_text().split("---")[1])
     assert head["base_model"] == "someone/a-llama" and head["base_model_relation"] == "adapter"

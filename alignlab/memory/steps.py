@@ -38,6 +38,13 @@ class Row(NamedTuple):
         return self.prompt + max(self.chosen, self.rejected)
 
 
+# Settings of TRL that take no memory, so that the members of a sweep share a plan
+WITHOUT_SIZE = (
+    *("output_dir", "disable_tqdm", "report_to", "beta", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("logging_steps", "eval_steps", "save_steps", "eval_on_start"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """A stage of a recipe, on what device, and the rows of a micro-batch."""
@@ -51,7 +58,7 @@ class Job:
     @property
     def facts(self) -> list[Any]:
         """All that decides what is measured."""
-        given = {**self.given, "output_dir": None, "disable_tqdm": None, "report_to": None}
+        given = {name: value for name, value in self.given.items() if name not in WITHOUT_SIZE}
         model = {**asdict(self.recipe.model), "name": None}
         return [self.stage, self.cuda, given, self.rows, model, asdict(self.recipe.monitor.kl)]
 
