@@ -18,12 +18,14 @@ from alignlab.disk import explain
 from alignlab.errors import AlignlabError, RecipeError
 from alignlab.launch import Killed, leave
 from alignlab.options import read_arguments
+from alignlab.stages import STAGES
 from alignlab.text import harmless, harmless_json, one_line
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "WANDB_ERROR_REPORTING": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # that ORPO is experimental, alignlab says itself
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
 }
 
@@ -67,10 +69,10 @@ def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab.arguments import Circumstances, trl_arguments
     from alignlab.listing import recipe_facts, show_arguments, show_recipe
-    from alignlab.recipe import run_name
+    from alignlab.recipe import run_name, stages_of
 
     arguments = {}
-    for stage in ("sft", "dpo"):
+    for stage in stages_of(recipe):
         here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
         arguments[stage] = trl_arguments(recipe, stage, here)
     if args.json:
@@ -232,8 +234,7 @@ def _train(args: argparse.Namespace) -> int | None:
     from alignlab import train
     from alignlab.summary import summarize
 
-    stage = train.train_sft if args.command == "sft" else train.train_dpo
-    run = stage(recipe, name=args.run, force=args.force)
+    run = getattr(train, f"train_{args.command}")(recipe, name=args.run, force=args.force)
     if _is_main_process():
         from alignlab.report.page import report_line
 
@@ -300,8 +301,7 @@ CALLS = {
     "show": _show,
     "data": _data,
     "plan": _plan,
-    "sft": _train,
-    "dpo": _train,
+    **dict.fromkeys(STAGES, _train),
     "sweep": _sweep,
     "eval": _eval,
     "report": _report,

@@ -21,8 +21,11 @@ from alignlab.facts.evaluation import FILE, Evaluation, Kept, Target, all_evalua
 from alignlab.facts.logs import MetricRow, last_samples, read_metrics
 from alignlab.recipe import TargetsSection
 from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of, refuse_changed
+from alignlab.stages import STAGES
 from alignlab.tables import WinRate
 
+COST = {"steps": ("", "lower"), "tokens": ("", "lower"), "hours": ("", "lower")}  # of training: unit, better
+COST_NOTE = "with the SFT run that it starts from; hours of one device"
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
 
@@ -79,6 +82,7 @@ class RunFacts:
     settings: Mapping[str, str]  # every setting by its dotted name, as JSON
     recipe_text: str
     notices: Sequence[str]
+    cost: Mapping[str, float] = field(default_factory=dict)  # see `cost_of`
     rows: Sequence[MetricRow] = field(repr=False)
     samples: Sequence[Mapping[str, Any]] = field(repr=False)  # its last replies
 
@@ -132,7 +136,7 @@ class RunFacts:
     @property
     def kept_its_start(self) -> bool:
         """Whether a guard left no checkpoint, so that the weights are still those of the reference."""
-        return self.stage == "dpo" and self.ended == "guard" and not self.best_step
+        return self.stage != "sft" and self.ended == "guard" and not self.best_step
 
     @property
     def same_replies(self) -> tuple[int, int]:
@@ -200,9 +204,21 @@ def read_run(path: Path) -> RunFacts:
         settings=settings,
         recipe_text=_recipe_text(run, manifest),
         notices=[*notices, *found_nothing],
+        cost=cost_of(run),
         rows=rows,
         samples=samples,
     )
+
+
+def cost_of(run: Run) -> dict[str, float]:
+    """Steps, tokens and hours of training, with those of the SFT run that it started from; what is known of them."""
+    made, before = run.manifest, parent_of(run)
+    hours = None if made.training_seconds is None else made.training_seconds * (made.world_size or 1) / 3600
+    found: dict[str, Any] = {"steps": made.steps, "tokens": made.tokens, "hours": hours}
+    earlier = cost_of(before) if before and before.has_started else dict.fromkeys(found, 0.0)
+    if made.parent and made.parent.run and before is None:
+        return {}
+    return {name: its + earlier[name] for name, its in found.items() if its is not None and name in earlier}
 
 
 def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> OnTest:
@@ -232,7 +248,9 @@ def _win_rate(manifest: Manifest, found: Evaluation | None) -> tuple[Estimate | 
     """
     model = section(manifest, "model")
     start = "the model it started from" if model.get("start") else "SFT"
-    judged = found.over("dpo", found.against) if found and manifest.stage == "dpo" else None
+    if manifest.stage == "orpo":
+        start = "the base model"
+    judged = found.over(manifest.stage, found.against) if found and manifest.stage != "sft" else None
     if judged:
         return judged, _judge_in_words(found.judge), "the base model" if found.against == "base" else start
     versus = "the base model" if model.get("reference") == "base" else start
@@ -292,7 +310,7 @@ def _targets(
     """As `alignlab eval` judged them, else by the run's own figures."""
     if found and found.targets:
         return found.targets
-    if manifest.stage != "dpo" or manifest.test is None:
+    if not STAGES[manifest.stage].from_sft or manifest.test is None:
         return ()
     before, after = test.reference_perplexity, test.perplexity
     change = Estimate(after.mean / before.mean - 1) if before and after and before.mean else None

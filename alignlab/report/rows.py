@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import Evaluation
-from alignlab.facts.runs import Evaluated, RunFacts
+from alignlab.facts.runs import COST, COST_NOTE, Evaluated, RunFacts
 from alignlab.facts.sweep import group_by_setting, over_seeds
+from alignlab.stages import STAGES
 from alignlab.tables import SHARE, Row
 
-REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier DPO has made it"
+REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier training has made it"
 NATS = "how far the replies have moved; 1 nat is a factor of 2.7 in probability"
 PERPLEXITY = ("perplexity", "perplexity of chosen", "", "lower", "")
 TEST = (  # figure, what it is called, unit, which side is better, what it is
@@ -27,7 +29,7 @@ VALIDATION = ("perplexity", "reply_tokens", "eos_rate")
 
 def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
     """Base, SFT and DPO side by side, from what the runs wrote of themselves: the columns and the rows."""
-    ours, before = run.stage.upper(), run.reference_name if run.stage == "dpo" else "base"
+    ours, before = run.stage.upper(), run.reference_name if STAGES[run.stage].from_sft else "base"
     rows = [_row("test split", figure, {ours: getattr(run.test, figure[0])}) for figure in TEST]
     if run.test.reference_perplexity:
         values = {before: run.test.reference_perplexity, ours: run.test.perplexity}
@@ -36,7 +38,7 @@ def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
         called = ("win_rate", f"win rate over {run.versus}", SHARE, "higher", run.judge or "")
         rows.insert(0, _row("test split", called, {ours: run.win_rate}))
     at: dict[str, Evaluated | None] = {before: run.first, ours: run.kept or run.last}
-    if run.stage == "dpo":
+    if STAGES[run.stage].from_sft:
         at = {"base": run.before, **at}
     for figure in TEST:
         if figure[0] in VALIDATION:
@@ -69,6 +71,10 @@ def compare_rows(
     note = "each over what it started from: this does not compare the runs with each other"
     rows.append(across(("", "win rate over its own start", SHARE, "higher", note), lambda run: run.win_rate))
     rows += [across(figure, lambda run, name=figure[0]: getattr(run.test, name)) for figure in TEST]
+    for name, (unit, better) in COST.items():
+        figure = ("", name, unit, better, COST_NOTE)
+        value_of = lambda run, name=name: Estimate(run.cost[name]) if name in run.cost else None
+        rows.append(replace(across(figure, value_of), group="cost of training"))
     return names, [row for row in rows if row.values]
 
 
