@@ -163,8 +163,15 @@ class PreferenceTrainer(_Seams):
     It is the reference of DPO and KTO; ORPO has none, and is measured from the base model.
     """
 
-    is_anchored = True  # no SFT term can be added to the loss
-    first_loss: float | None = None
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the loss holds an SFT term, or can be given none."""
+        return True
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss where policy and reference are the same, if that is known."""
+        return None
 
     def score_pairs(self, model: PreTrainedModel, pairs: Dataset) -> PairLogps:
         return heldout.score_pairs(model, pairs, self.processing_class.pad_token_id)
@@ -310,7 +317,7 @@ class AlignDPOTrainer(PreferenceTrainer, DPOTrainer):
 
     @property
     def first_loss(self) -> float | None:
-        """The loss where policy and reference are the same: ln 2 of a sigmoid loss and nothing else, or not known."""
+        """ln 2 of a sigmoid loss and nothing else."""
         plain = self.loss_types == ["sigmoid"] and self.loss_weights == [1.0]
         return math.log(2) if plain and not self.use_weighting and not self.aux_loss_enabled else None
 
