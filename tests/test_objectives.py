@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+import alignlab
 from alignlab import model as models
 from alignlab import stages
 from alignlab.cli import main
@@ -295,6 +296,12 @@ def test_where_trl_has_orpo_no_longer_a_line_names_the_version_that_has_it(monke
     with pytest.raises(MachineError, match=r"has no trl\.experimental\.gone\.ORPOConfig; TRL 1\.16 has it") as error:
         train_orpo(load_recipe(str(place / "short.yaml")), root=place / "gone")
     assert "\n" not in str(error.value)
+
+
+def test_the_package_has_the_stages_at_its_top():
+    assert (alignlab.train_kto, alignlab.train_orpo) == (train_kto, train_orpo)
+    with pytest.raises(AttributeError, match="train_simpo"):
+        _ = alignlab.train_simpo
 
 
 def test_sft_and_dpo_do_not_depend_on_the_other_objectives_settings(place):
