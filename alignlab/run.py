@@ -550,13 +550,22 @@ def _move_aside(path: Path) -> None:
 def _refuse_other_settings(run: Run, stage: str, consumed: Mapping[str, Any]) -> None:
     if not run.has_started or not (manifest := run.manifest).consumed:
         return
-    before, after = _flat(manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
-    if changed := _changed(before, after, before.keys() | after.keys()):
+    if changed := changed_settings(run, consumed):
         raise RunError(
             f"{run.path} was made from other settings: {changed}; "
             f"name a new run with --run, or train it again with --force"
         )
     assert manifest.stage == stage, f"{run.path} holds a {manifest.stage} run"
+
+
+def changed_settings(run: Run, consumed: Mapping[str, Any]) -> str:
+    """The settings in which `consumed` differs from what the run was made with, as text; empty where none does.
+
+    A setting that the version which made the run did not have counts as not set.
+    """
+    before, after = _flat(run.manifest.consumed), _flat(json.loads(json.dumps(consumed, default=str)))
+    unset = {key for key in after.keys() - before.keys() if after[key] in (None, {}, [])}
+    return _changed(before, after, (before.keys() | after.keys()) - unset)
 
 
 def refuse_other_origin(run: Run, made_from: Mapping[str, Any]) -> None:

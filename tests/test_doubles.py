@@ -173,7 +173,7 @@ def test_a_held_out_prompt_that_training_has_is_an_overlap():
     found = found_in(rows)
     assert {name: one.count for name, one in found.items() if one.count} == {"overlap": 1}
     assert found["overlap"].of == 2 and found["overlap"].level == "wrong"
-    assert found["overlap"].shown[0] == ("test", 0, 'beside train pair 0: "Human: how are you\\n\\nAssistant:"')
+    assert found["overlap"].shown[0] == ("test", 0, 'beside train pair 0: "Human: how are you Assistant:"')
 
 
 def test_a_dialogue_at_another_depth_is_an_overlap_of_dialogues():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from alignlab import model as models
+from alignlab.disk import seal
 from alignlab.errors import ModelError, RunError
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
@@ -143,11 +144,14 @@ def test_model_start_takes_the_place_of_the_sft_run(recipe, tmp_path):
 
 
 def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
-    """The folder is the same and the reference would be another: nothing goes on from there in silence."""
+    """The folder is the same, trained again, and the reference would be another: nothing goes on in silence."""
     sft = train_sft(recipe(), root=tmp_path)
     from_there = recipe("llama", f"model.start={sft.model}", "dpo.max_steps=2", "dpo.eval_steps=1")
     train_dpo(from_there, root=tmp_path)
     double_the_weights(sft.model / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors has changed since it was written; bring it back"):
+        train_dpo(from_there, root=tmp_path)
+    seal(sft.model)
     with pytest.raises(RunError, match=r"was made from something else: start weights was '\w+', is '\w+'; bring"):
         train_dpo(from_there, root=tmp_path)
 

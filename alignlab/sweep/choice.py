@@ -6,7 +6,6 @@ of pairs that chose nothing. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from alignlab.facts.evaluation import scaled
 from alignlab.facts.runs import RunFacts, read_run
 from alignlab.facts.sweep import FIGURES, columns_of, sweep_rows
 from alignlab.recipe import consumed
-from alignlab.run import SWEEP, Run, Sweep, SweepMember
+from alignlab.run import SWEEP, Run, Sweep, SweepMember, changed_settings
 from alignlab.sweep.members import Member, Members
 from alignlab.tables import WinRate, as_text, paragraph
 
@@ -108,17 +107,8 @@ def _row(member: Member, folder: Path, failure: str | None) -> Row:
 
 
 def _refuse_other_settings(member: Member, path: Path) -> None:
-    expected = _flat(json.loads(json.dumps(consumed(member.recipe, "dpo"), default=str)))
-    found = _flat(Run(path).manifest.consumed)
-    if changed := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
-        named = ", ".join(f"{key} was {found.get(key)!r}, is {expected.get(key)!r}" for key in changed)
-        raise RunError(f"{path} was made from other settings: {named}; take it away, or sweep with those settings")
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    return {k: v for key in tree for k, v in _flat(tree[key], f"{prefix}.{key}" if prefix else key).items()}
+    if changed := changed_settings(Run(path), consumed(member.recipe, "dpo")):
+        raise RunError(f"{path} was made from other settings: {changed}; take it away, or sweep with those settings")
 
 
 def _measured(member: Member, path: Path, facts: RunFacts) -> Measured:
