@@ -182,7 +182,7 @@ def _report(commands) -> None:
         "recipe",
         metavar="RECIPE",
         help="a recipe's name, whose runs are under runs/, or a folder. Without an option: the sweep where there is "
-        "one, else the DPO run that was started last, else the SFT run",
+        "one, else the run that was started last, SFT behind others",
     )
     which = report.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", nargs="+", default=[], help="these runs under runs/RECIPE/ instead")
@@ -201,7 +201,7 @@ def _compare(commands) -> None:
         ],
         recipe=False,
     )
-    about = "a run's directory, or a recipe for its last DPO run; one recipe alone: all of its runs, SFT among them"
+    about = "a run's directory, or a recipe for its last run; one recipe alone: all of its runs, SFT among them"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=about)
     _table_option(compare)
     _figures_option(compare)

@@ -126,7 +126,7 @@ def _train_preferences(recipe: Recipe, stage: str, root: Path, name: str | None,
         trainer.identity = _identify_reference(trainer, section, start, base)
         if isinstance(trainer, AlignDPOTrainer):
             pairs = _with_stored_reference(trainer, pairs, run)
-        _check_start(trainer, section, pairs, sft)
+        _check_start(trainer, stage, section, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
         began = time.monotonic()
         figures = figures_on_test(trainer, recipe, pairs, run)
@@ -484,7 +484,7 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     return dataclasses.replace(pairs, **filled)
 
 
-def _check_start(trainer: Any, section: ModelSection, pairs: Prepared, sft: Run | None) -> None:
+def _check_start(trainer: Any, stage: str, section: ModelSection, pairs: Prepared, sft: Run | None) -> None:
     """The step-0 checks: policy and reference are the models that the recipe means, for TRL's loss too."""
     exact = section.dtype == "float32" and not section.load_in_4bit
     policy = trainer.probe(trainer.model, pairs.validation)
@@ -499,7 +499,7 @@ def _check_start(trainer: Any, section: ModelSection, pairs: Prepared, sft: Run 
             monitor.check_probe("reference", reference, "SFT run", tuned, base, exact)
         elif base:
             monitor.check_probe("reference", reference, "base model", base, tuned, exact)
-    if sft and section.reference == "base":
+    if STAGES[stage].from_sft and section.reference == "base":
         return
     monitor.check_probe("reference", reference, "policy", policy, None, exact)
     few = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))
