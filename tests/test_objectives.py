@@ -207,6 +207,7 @@ def test_an_evaluation_of_one_run_compares_it_with_what_it_started_from(stage, p
     expected = {"kto": ["base", "sft", "kto"], "orpo": ["base", "orpo"]}[stage]
     assert found.names == expected and found.against == expected[-2]
     assert main(["plan", "short.yaml", "--stage", stage, "--cpu"]) == 0
+    assert main(["export", "runs/short", "--run", stage, "--to", f"exported-{stage}", "--rows", "4"]) == 0
 
 
 # --- thumbs ---

@@ -20,7 +20,6 @@ from alignlab import model as models
 from alignlab.data import good_replies, is_labelled
 from alignlab.disk import check_writable, digest
 from alignlab.errors import DataError, ModelError
-from alignlab.estimate import Estimate
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
 from alignlab.evaluate.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
@@ -48,7 +47,7 @@ from alignlab.facts.evaluation import (
     keep,
     targets_figures,
 )
-from alignlab.facts.runs import COST, COST_NOTE, cost_of
+from alignlab.facts.runs import cost_of, cost_rows
 from alignlab.fields import library_settings
 from alignlab.format import Format
 from alignlab.generate import Reply
@@ -352,21 +351,9 @@ class Evaluator:
         return rows
 
     def _training(self) -> list[Row]:
-        """What each model's training took, SFT before it included."""
+        """What each run's training took; nothing where there is one alone."""
         spent = {c.name: cost_of(run) for c in self.candidates if (run := trained_by(c))}
-        if len(spent) < 2:
-            return []
-        return [
-            Row(
-                group="cost of training",
-                measure=name,
-                unit=unit,
-                better=better,
-                values={of: Estimate(its[name]) for of, its in spent.items() if name in its},
-                note=COST_NOTE,
-            )
-            for name, (unit, better) in COST.items()
-        ]
+        return cost_rows(spent) if len(spent) > 1 else []
 
     # Judging
 

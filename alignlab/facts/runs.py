@@ -22,9 +22,8 @@ from alignlab.facts.logs import MetricRow, last_samples, read_metrics
 from alignlab.recipe import TargetsSection
 from alignlab.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of, refuse_changed
 from alignlab.stages import STAGES
-from alignlab.tables import WinRate
+from alignlab.tables import Row, WinRate
 
-COST = {"steps": ("", "lower"), "tokens": ("", "lower"), "hours": ("", "lower")}  # of training: unit, better
 COST_NOTE = "with the SFT run that it starts from; hours of one device"
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
@@ -219,6 +218,15 @@ def cost_of(run: Run) -> dict[str, float]:
     if made.parent and made.parent.run and before is None:
         return {}
     return {name: its + earlier[name] for name, its in found.items() if its is not None and name in earlier}
+
+
+def cost_rows(spent: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Of each model, by its name, what `cost_of` says: a row a figure."""
+    found = []
+    for name in ("steps", "tokens", "hours"):
+        values = {of: Estimate(its[name]) for of, its in spent.items() if name in its}
+        found.append(Row(group="cost of training", measure=name, better="lower", values=values, note=COST_NOTE))
+    return [row for row in found if row.values]
 
 
 def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> OnTest:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from alignlab.estimate import Estimate
 from alignlab.facts.evaluation import Evaluation
-from alignlab.facts.runs import COST, COST_NOTE, Evaluated, RunFacts
+from alignlab.facts.runs import Evaluated, RunFacts, cost_rows
 from alignlab.facts.sweep import group_by_setting, over_seeds
 from alignlab.stages import STAGES
 from alignlab.tables import SHARE, Row
@@ -71,11 +71,12 @@ def compare_rows(
     note = "each over what it started from: this does not compare the runs with each other"
     rows.append(across(("", "win rate over its own start", SHARE, "higher", note), lambda run: run.win_rate))
     rows += [across(figure, lambda run, name=figure[0]: getattr(run.test, name)) for figure in TEST]
-    for name, (unit, better) in COST.items():
-        figure = ("", name, unit, better, COST_NOTE)
-        value_of = lambda run, name=name: Estimate(run.cost[name]) if name in run.cost else None
-        rows.append(replace(across(figure, value_of), group="cost of training"))
+    rows += cost_rows({name: _mean_cost(its) for name, its in zip(names, groups, strict=True)})
     return names, [row for row in rows if row.values]
+
+
+def _mean_cost(runs: Sequence[RunFacts]) -> dict[str, float]:
+    return {name: fmean(run.cost[name] for run in runs) for name in runs[0].cost if all(name in r.cost for r in runs)}
 
 
 def _group_name(runs: Sequence[RunFacts]) -> str:

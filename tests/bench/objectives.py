@@ -1,6 +1,6 @@
 """SFT, DPO, KTO and ORPO of `tiny` on the same test prompts over several seeds: what they reach, and what they cost.
 
-    python tests/bench/objectives.py [--seeds 5] [--root FOLDER]
+    python tests/bench/objectives.py [--seeds 5] [--only kto orpo] [--root FOLDER]
 
 KTO learns from the pairs taken apart. Runs that are finished are used as they are, so that the command goes on where it
 was stopped.
@@ -34,17 +34,18 @@ OBJECTIVES = {"dpo": train_dpo, "kto": train_kto, "orpo": train_orpo}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=[*OBJECTIVES], choices=[*OBJECTIVES], metavar="NAME")
     parser.add_argument("--root", type=Path, default=Path("runs/objectives"))
     args = parser.parse_args()
-    found = [figures(args.root / str(seed), seed) for seed in range(args.seeds)]
+    found = [figures(args.root / str(seed), seed, args.only) for seed in range(args.seeds)]
     write_json(HERE / "results" / "objectives.json", {"seeds": found, "machine": machine()})
     print("\n".join(rows(found)))
 
 
-def figures(root: Path, seed: int) -> dict[str, dict[str, float]]:
+def figures(root: Path, seed: int, only: list[str]) -> dict[str, dict[str, float]]:
     """Of each objective its win rates, KL, length, perplexity and cost; a line as soon as each run is there."""
     recipe = load_recipe("tiny", [f"{key}={seed}" for key in SEEDED])
-    runs = {name: train(recipe, root=root, name=name) for name, train in OBJECTIVES.items()}
+    runs = {name: OBJECTIVES[name](recipe, root=root, name=name) for name in only}
     for name, run in runs.items():
         wins = run.manifest.test.win_rate
         print(f"seed {seed}: {name} over its start {wins.mean:.2f} ± {wins.stderr:.2f} (n={wins.n})", flush=True)
