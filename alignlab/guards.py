@@ -47,12 +47,14 @@ def alarms(
     """What the last of a run's evaluations gives cause to warn of; the first, before training, is its measure.
 
     `anchored` says that the loss holds the SFT term already, or can have none, which then is no remedy. A remedy names
-    the stage's own settings; a larger beta binds DPO and KTO to their reference, and ORPO has none.
+    the stage's own settings. ORPO has no reference that a larger beta would bind it to: KL and length are told from the
+    base model, and change as they do in SFT.
     """
     if len(evaluations) < 2:
         return []
     step = int(evaluations[-1]["step"])
-    found = ((name, guard(evaluations, limits), stops) for name, (guard, stops) in GUARDS.items())
+    asked = {name: of for name, of in GUARDS.items() if stage != "orpo" or name not in OF_REFERENCE}
+    found = ((name, guard(evaluations, limits), stops) for name, (guard, stops) in asked.items())
     useless = {*([ANCHOR] if anchored else []), *([LARGER_BETA] if stage == "orpo" else [])}
     remedies = lambda all_of_them: tuple(r.replace("dpo.", f"{stage}.") for r in all_of_them if r not in useless)
     return [Alarm(name, step, said[0], remedies(said[1]), stops) for name, said, stops in found if said]
@@ -154,3 +156,4 @@ GUARDS: dict[str, tuple[Callable[[Sequence[Row], MonitorSection], Said], bool]] 
     "chosen_reward": (_chosen_reward, False),
     "unmoved": (_unmoved, False),
 }
+OF_REFERENCE = ("kl", "length")  # guards that need an SFT model to measure from

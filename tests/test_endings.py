@@ -34,7 +34,7 @@ ENDINGS = {  # what brings a run to its end, and how it says so; STAGE is sft, d
     "max_steps": (["STAGE.max_steps=3"], "all 3 steps done"),
     "epochs": (["STAGE.num_train_epochs=1"], "all "),
     "patience": (
-        ["STAGE.max_steps=9", "STAGE.learning_rate=1.0", "STAGE.weight_decay=30"],
+        ["STAGE.max_steps=9", "STAGE.learning_rate=1.0", "STAGE.weight_decay=4"],
         "no better held-out loss since step",
     ),
     "guard": (["STAGE.max_steps=9", "monitor.max_kl=1e-9", "monitor.action=stop"], "stopped at step 2: the policy"),
@@ -162,7 +162,7 @@ def test_what_a_killed_run_has_taken_counts_as_far_as_its_checkpoint(start):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start):
     """The trainer's state names the best checkpoint by the path that it had."""
-    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=1.0", f"{stage}.weight_decay=30"]
+    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=1.0", f"{stage}.weight_decay=4"]
     whole = start(stage, settings, f"{stage}-in-place")
     start(stage, settings, f"{stage}-first", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     shutil.move(whole.path.with_name(f"{stage}-first"), whole.path.with_name(f"{stage}-moved"))
@@ -172,7 +172,7 @@ def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start)
 
 def test_a_best_checkpoint_that_has_changed_is_not_loaded(start):
     """The run trains again from the last whole checkpoint, here from the start, and says why."""
-    settings = ["sft.max_steps=9", "sft.learning_rate=1.0", "sft.weight_decay=30"]
+    settings = ["sft.max_steps=9", "sft.learning_rate=1.0", "sft.weight_decay=4"]
     whole = start("sft", settings, "sft-sound")
     start("sft", settings, "sft-rotten", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     rotten = Run(whole.path.with_name("sft-rotten"))

@@ -156,7 +156,7 @@ def _alarms(run: RunFacts):
     kept = [row for row in rows if row["step"] == run.best_step]
     both = [{name.replace("eval/", "eval_"): its for name, its in row.items()} for row in (*rows[:1], *kept[-1:])]
     limits = MonitorSection(kl=KLSection(prompts=len(run.samples) or KLSection.prompts), max_kl=None, max_accuracy=None)
-    return alarms(both, limits) if len(kept) and kept[-1] is not rows[0] else []
+    return alarms(both, limits, stage=run.stage) if len(kept) and kept[-1] is not rows[0] else []
 
 
 def side(estimate: Estimate) -> int:
