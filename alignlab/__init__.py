@@ -34,6 +34,8 @@ __all__ = [
     "report",
     "sweep",
     "train_dpo",
+    "train_kto",
+    "train_orpo",
     "train_sft",
 ]
 
@@ -226,6 +228,20 @@ def train_dpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -
     from alignlab.train import stages
 
     return Run(stages.train_dpo(recipe, name=name, force=force).path)
+
+
+def train_kto(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
+    """KTO from the recipe's SFT run: it learns from thumbs, or from pairs taken apart."""
+    from alignlab.train import stages
+
+    return Run(stages.train_kto(recipe, name=name, force=force).path)
+
+
+def train_orpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
+    """ORPO from the base model: SFT and preferences in one stage."""
+    from alignlab.train import stages
+
+    return Run(stages.train_orpo(recipe, name=name, force=force).path)
 
 
 def evaluate(*runs: Run | str | Path, judge: str | None = None, **options: Any) -> Result:

@@ -36,7 +36,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def test_tiny_learns_what_is_preferred(root):
-    """On test topics, over 250 pairs, on any CPU: docs/results.md has the spread over seeds, this lies well below it."""
+    """On test topics, over 250 pairs, on any CPU: well below the spread over seeds that docs/results.md has."""
     run = train_dpo(load_recipe("tiny"), root=root)
     test = run.manifest.test
     show("tiny", test)

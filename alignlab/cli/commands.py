@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from alignlab.cli.options import read_arguments
 from alignlab.disk import explain
 from alignlab.errors import AlignlabError, RecipeError
+from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless, harmless_json, one_line
 from alignlab.train.launch import Killed, leave
 
@@ -24,6 +25,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "WANDB_ERROR_REPORTING": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # that ORPO is experimental, alignlab says itself
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
 }
 
@@ -66,11 +68,11 @@ def _list(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab.recipe.arguments import Circumstances, trl_arguments
-    from alignlab.recipe.load import run_name
+    from alignlab.recipe.load import run_name, stages_of
     from alignlab.recipe.show import recipe_facts, show_arguments, show_recipe
 
     arguments = {}
-    for stage in ("sft", "dpo"):
+    for stage in stages_of(recipe):
         here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
         arguments[stage] = trl_arguments(recipe, stage, here)
     if args.json:
@@ -232,8 +234,7 @@ def _train(args: argparse.Namespace) -> int | None:
     from alignlab.reports.summary import summarize
     from alignlab.train import stages
 
-    stage = stages.train_sft if args.command == "sft" else stages.train_dpo
-    run = stage(recipe, name=args.run, force=args.force)
+    run = getattr(stages, f"train_{args.command}")(recipe, name=args.run, force=args.force)
     if _is_main_process():
         from alignlab.reports.page import report_line
 
@@ -300,8 +301,7 @@ CALLS = {
     "show": _show,
     "data": _data,
     "plan": _plan,
-    "sft": _train,
-    "dpo": _train,
+    **dict.fromkeys(STAGES, _train),
     "sweep": _sweep,
     "eval": _eval,
     "report": _report,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from alignlab import __version__
+from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless
 
 
@@ -73,17 +74,17 @@ def _plan(commands) -> None:
         ["mistral", "mistral --gpu 16 --stage dpo", "zephyr dpo.per_device_train_batch_size=2 --json", "tiny --probe"],
     )
     plan.add_argument("--gpu", type=_gib, action="append", metavar="GIB", help="memory of one GPU; default 16 and 24")
-    plan.add_argument("--stage", dest="of", choices=("sft", "dpo"), help="only this stage")
+    plan.add_argument("--stage", dest="of", choices=tuple(STAGES), help="only this stage")
     plan.add_argument("--cpu", action="store_true", help="plan for a process on a CPU")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--probe", action="store_true", help="run two steps on the longest rows and compare")
 
 
 def _train(commands) -> None:
-    for stage, about in (("sft", "supervised fine-tuning"), ("dpo", "DPO from the SFT run, trained first if missing")):
+    for stage, of in STAGES.items():
         examples = ["tiny", f"mistral {stage}.learning_rate=1e-5", f"gpt2 data.path=my.jsonl --run {stage}-mine"]
         examples.append("mistral --launch accelerate_configs/ddp.yaml --processes 8")
-        command = _command(commands, stage, about, examples)
+        command = _command(commands, stage, of.about, examples)
         command.add_argument("--run", metavar="NAME", help="the run's name under runs/RECIPE/")
         command.add_argument("--force", action="store_true", help="train again; the older run is kept aside")
         command.add_argument("--launch", metavar="FILE", help="in several processes: a file of accelerate_configs/")
@@ -130,6 +131,7 @@ def _eval(commands) -> None:
             "mistral --prompts xstest.csv mt_bench.jsonl --bias crows_pairs.csv --judge reward:my/reward-model",
             "mistral --best --limit 32",
             "mistral --runs dpo dpo-beta0.3 dpo-beta0.05",
+            "tiny --runs sft dpo kto orpo",
         ],
         recipe=False,
     )
@@ -180,7 +182,7 @@ def _report(commands) -> None:
         "recipe",
         metavar="RECIPE",
         help="a recipe's name, whose runs are under runs/, or a folder. Without an option: the sweep where there is "
-        "one, else the DPO run that was started last, else the SFT run",
+        "one, else the run that was started last, SFT behind others",
     )
     which = report.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", nargs="+", default=[], help="these runs under runs/RECIPE/ instead")
@@ -199,7 +201,7 @@ def _compare(commands) -> None:
         ],
         recipe=False,
     )
-    about = "a run's directory, or a recipe for its last DPO run; one recipe alone: all of its runs, SFT among them"
+    about = "a run's directory, or a recipe for its last run; one recipe alone: all of its runs, SFT among them"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=about)
     _table_option(compare)
     _figures_option(compare)

@@ -17,6 +17,7 @@ from alignlab.disk import digest
 from alignlab.errors import RunError
 from alignlab.models import load as models
 from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import ModelFacts
 from alignlab.runs.lineup import names_of
 from alignlab.runs.run import Run, parent_of
@@ -76,7 +77,7 @@ def line_up(runs: Sequence[Run]) -> Lineup:
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:
     last = _of_run(run, run.manifest.stage, hashes)
     base = _candidate("base", last.recipe, last.recipe.model.name, None, run, hashes)
-    if not last.reference:
+    if not STAGES[run.manifest.stage].from_sft:
         return [base, last]
     start = _start(run, last.recipe)
     started = _candidate("sft", last.recipe, start.weights, start.adapter, run, hashes)
@@ -88,8 +89,10 @@ def _of_run(run: Run, name: str, hashes: dict[str, Any]) -> Candidate:
     _refuse_other_base(run, recipe, hashes)
     own = str(run.model)
     lora = recipe.model.lora is not None
-    if run.manifest.stage == "sft":
-        return _candidate(name, recipe, *((recipe.model.name, own) if lora else (own, None)), run, hashes)
+    if not STAGES[run.manifest.stage].from_sft:
+        is_measured = run.manifest.stage == "orpo"
+        base = _candidate("base", recipe, recipe.model.name, None, run, hashes) if is_measured else None
+        return _candidate(name, recipe, *((recipe.model.name, own) if lora else (own, None)), run, hashes, base)
     start = _start(run, recipe)
     against = _reference(run, recipe, start, hashes)
     return _candidate(name, recipe, *((start.weights, own) if lora else (own, None)), run, hashes, against)
@@ -149,11 +152,18 @@ def model_facts(candidate: Candidate) -> ModelFacts:
     """What stands in eval.json of one model."""
     own, reference = (c and (c.adapter or c.weights) for c in (candidate, candidate.reference))
     facts = ModelFacts(name=candidate.name, path=own, content=candidate.key, reference=reference)
-    run = Run(Path(own).parent)
-    if Path(own).name != "model" or not run.has_started:
+    run = trained_by(candidate)
+    if run is None:
         return facts
     cost = {name: getattr(run.manifest, name) for name in ("training_seconds", "peak_memory_gib")}
     return replace(facts, path=str(run.path), **cost)
+
+
+def trained_by(candidate: Candidate) -> Run | None:
+    """The run whose model this is; none of a base model, or one from elsewhere."""
+    own = Path(candidate.adapter or candidate.weights)
+    run = Run(own.parent)
+    return run if own.name == "model" and run.has_started else None
 
 
 def refuse_what_cannot_be_compared(candidates: Sequence[Candidate]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from alignlab.data.format import Format
+from alignlab.data.prepare import good_replies, is_labelled
 from alignlab.data.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.disk import check_writable, digest
 from alignlab.errors import DataError, ModelError
@@ -30,6 +31,7 @@ from alignlab.evaluation.candidates import (
     line_up,
     model_facts,
     refuse_what_cannot_be_compared,
+    trained_by,
 )
 from alignlab.evaluation.contests import Matches
 from alignlab.evaluation.estimates import cluster_sums, perplexity_values, ratio_values, table_row
@@ -41,6 +43,7 @@ from alignlab.measure.refusals import stated
 from alignlab.models import load as models
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import TargetsSection
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import (
     HELD_OUT,
     PERPLEXITY,
@@ -51,6 +54,7 @@ from alignlab.runs.evaluation import (
     keep,
     targets_figures,
 )
+from alignlab.runs.facts import cost_of, cost_rows
 from alignlab.runs.lineup import folder_of
 from alignlab.runs.run import Run, package_versions
 from alignlab.text.tables import Row
@@ -127,9 +131,9 @@ class Evaluator:
         self.candidates, self.ours, self.against = lineup.candidates, lineup.ours, lineup.against
         self.options, self.recipe = options, lineup.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
-        self.tokenizer, pairs = prepare_data(self.recipe)
+        self.tokenizer, pairs = prepare_data(self.recipe, self.ours.run.manifest.stage)
         self.form = Format(self.recipe.data.format, self.tokenizer)
-        self.pairs, self.files = self._drawn(pairs.test, options.limit), pairs.files
+        self.pairs, self.files = self._drawn(good_replies(pairs.test), options.limit), pairs.files
         self.bench = Bench()
         self.answers = Answers(self.bench, self.form)
         self.decoding = self._decoding()
@@ -162,7 +166,7 @@ class Evaluator:
             decoding=self.decoding.said(),
             stops=models.find_stops(self.recipe.model, self.form).said,
             judge=self.options.judge or (":".join(self.judge).rstrip(":") if self.judge else None),
-            table=[*judged.rows, *preferences, *cost, *others, *preference.slices_as_table(slices)],
+            table=[*judged.rows, *preferences, *cost, *self._training(), *others, *preference.slices_as_table(slices)],
             win_rates=judged.comparisons,
             matrix=contests.matrix(held_out),
             ratings=judged.ratings,
@@ -177,7 +181,8 @@ class Evaluator:
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         reference = self.ours.reference
-        if reference is None or reference.key != self.against.key:
+        from_sft = STAGES[self.ours.run.manifest.stage].from_sft
+        if reference is None or reference.key != self.against.key or not from_sft:
             return found
         targets = self.options.targets or self.recipe.evaluate.targets
         return replace(found, targets=judge_targets(targets, targets_figures(found, self.ours.name)))
@@ -264,20 +269,22 @@ class Evaluator:
 
     @cached_property
     def _pairs(self) -> preference.Pairs:
-        lengths = {name: np.array([len(ids) for ids in self.pairs[f"{name}_ids"]]) for name in ("chosen", "rejected")}
+        there = [name for name in ("chosen", "rejected") if f"{name}_ids" in self.pairs.column_names]
+        lengths = {name: np.array([len(ids) for ids in self.pairs[f"{name}_ids"]]) for name in there}
         prompts = list(self.pairs["prompt"])
         return preference.Pairs(
             prompts=prompts,
             turns=np.array([turns_of(as_transcript(self.form, prompt)) for prompt in prompts]),
             prompt_tokens=np.array([len(ids) for ids in self.pairs["prompt_ids"]]),
             chosen_tokens=lengths["chosen"],
-            rejected_tokens=lengths["rejected"],
+            rejected_tokens=lengths.get("rejected", np.zeros(len(prompts), int)),
             parts=preference.subsets(self.files, list(self.pairs["file"])),
         )
 
     def _preference(self) -> tuple[list[Row], dict[str, Any], list[dict[str, Any]], dict[str, float]]:
-        """Rows of the table; what length explains and the loss of each policy; and the slices."""
-        rewards = {c.name: self._rewards(c) for c in self.candidates if c.reference}
+        """Rows of the table; what length explains and the loss of each policy; and the slices. None without pairs."""
+        policies = [] if is_labelled(self.pairs) else [c for c in self.candidates if c.reference]
+        rewards = {c.name: self._rewards(c) for c in policies}
         length = {name: preference.length_facts(self._pairs, its) for name, its in rewards.items()}
         for name, its in length.items():
             self.warnings += preference.length_warnings(name, its)
@@ -286,7 +293,8 @@ class Evaluator:
         return rows, length, preference.slice_rows(self._pairs, rewards), losses
 
     def _rewards(self, policy: Candidate) -> preference.Rewards:
-        beta = policy.recipe.dpo.get("beta", library_settings()["dpo"]["beta"].default)
+        stage = policy.run.manifest.stage
+        beta = getattr(policy.recipe, stage).get("beta", library_settings()[stage]["beta"].default)
         change = lambda column: beta * (self._logps(policy, column) - self._logps(policy.reference, column))
         return preference.Rewards(change("chosen"), change("rejected"))
 
@@ -341,6 +349,11 @@ class Evaluator:
                 loss = losses.get(name)
                 self.warnings += watch.worse_text(name, self.against.name, self.signs[name], loss, float(np.log(2)))
         return rows
+
+    def _training(self) -> list[Row]:
+        """What each run's training took; nothing where there is one alone."""
+        spent = {c.name: cost_of(run) for c in self.candidates if (run := trained_by(c))}
+        return cost_rows(spent) if len(spent) > 1 else []
 
     # Judging
 

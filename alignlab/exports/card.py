@@ -186,6 +186,6 @@ def _limits(facts: RunFacts, made: Made) -> list[str]:
     limits = [f"step {warning.step}: {warning.message}" for warning in facts.warnings]
     limits += [f"alignlab eval: {warning}" for warning in (facts.evaluation.warnings if facts.evaluation else ())]
     limits += made.notes
-    if facts.stage == "dpo" and not facts.win_rate:
+    if facts.stage != "sft" and not facts.win_rate:
         limits.append("Whether its replies are better than the reference's was not judged.")
     return [*limits, f"Training: {facts.stop_reason}."] if facts.stop_reason else limits

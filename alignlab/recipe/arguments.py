@@ -27,10 +27,10 @@ class Circumstances:
 
 
 def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig or DPOConfig; the second part is `rules.OWNED`, which a recipe cannot set."""
+    """Keyword arguments of the stage's config of TRL; the second part is `rules.OWNED`, which a recipe cannot set."""
     section = getattr(recipe, stage)
     eval_steps = section.get("eval_steps") or _eval_steps(recipe, stage, here)
-    skip_preparation = {"dataset_kwargs": {"skip_prepare_dataset": True}} if stage == "sft" else {}
+    prepared = {"sft": {"dataset_kwargs": {"skip_prepare_dataset": True}}, "orpo": {"remove_unused_columns": False}}
     return {
         "max_length": recipe.data.max_prompt_tokens + recipe.data.max_reply_tokens,
         "gradient_checkpointing": not here.on_cpu,
@@ -53,7 +53,7 @@ def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, 
         "greater_is_better": False,
         "restore_callback_states_from_checkpoint": True,
         "dataloader_pin_memory": not here.on_cpu,
-        **skip_preparation,
+        **prepared.get(stage, {}),
     }
 
 

@@ -16,7 +16,8 @@ import yaml
 
 from alignlab.errors import RecipeError
 from alignlab.recipe.fields import Setting, library_settings, setting, suggest
-from alignlab.recipe.rules import INSTEAD, LIMITS, OWNED, STAGES, TOGETHER
+from alignlab.recipe.objectives import OBJECTIVES, STAGES
+from alignlab.recipe.rules import INSTEAD, LIMITS, OWNED, TOGETHER
 from alignlab.recipe.written import SHIPPED, Key, Written, find_recipe, merge, read_overrides, read_recipe, shown
 
 
@@ -140,6 +141,8 @@ class Recipe:
     sweep: SweepSection
     evaluate: EvaluateSection
     sources: Mapping[str, str]  # "dpo.beta" -> "recipes/mistral.yaml:9" or "command line: 'dpo.beta=0.3'"
+    kto: Mapping[str, Any] = field(default_factory=dict)  # of trl.KTOConfig
+    orpo: Mapping[str, Any] = field(default_factory=dict)  # of trl.experimental.orpo.ORPOConfig
     overrides: tuple[str, ...] = ()  # those of the command line that change a value, as key=JSON, sorted
 
 
@@ -179,8 +182,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         monitor=_build(MonitorSection, ("monitor",), values),
         sweep=_build(SweepSection, ("sweep",), values),
         evaluate=_build(EvaluateSection, ("evaluate",), values),
-        sft=_under(("sft",), values),
-        dpo=_under(("dpo",), values),
+        **{stage: _under((stage,), values) for stage in STAGES},
         sources={".".join(key): where for key, where in sources.items()},
         overrides=tuple(
             f"{'.'.join(key)}={json.dumps(value, ensure_ascii=False)}"
@@ -218,8 +220,9 @@ def _settings() -> Mapping[Key, Setting]:
     """Every key that a recipe may hold."""
     known: dict[Key, Setting] = {("about",): Setting(("str",), default="")}
     known |= {key: of for name, section in SECTIONS.items() for key, of in _settings_of(section, (name,))}
-    for prefix, library in ((("sft",), "sft"), (("dpo",), "dpo"), (_LORA, "lora")):
-        known.update({(*prefix, name): of for name, of in library_settings()[library].items()})
+    for library, settings in library_settings().items():
+        prefix = (library,) if library in STAGES else _LORA
+        known.update({(*prefix, name): of for name, of in settings.items()})
     for stage in STAGES:  # unset, it is the sum of data's two limits, not TRL's 1024
         known[stage, "max_length"] = replace(known[stage, "max_length"], default=None)
     return known
@@ -295,13 +298,14 @@ def _refusal(key: Key) -> tuple[str, str] | None:
         return "is set by alignlab", f"; {why}"
     if key in _settings():
         return None
-    elsewhere = [".".join(other) for other in _settings() if other[-1] == bare and _refusal(other) is None]
+    elsewhere = [other for other in _settings() if other[-1] == bare and _refusal(other) is None]
+    elsewhere = [other for other in elsewhere if other[0] not in ("kto", "orpo")] or elsewhere
     if "." in bare:
         remedy = "; keys are nested: write dpo: {beta: 0.3}, not dpo.beta: 0.3"
     elif bare in INSTEAD:
         remedy = f"; {INSTEAD[bare]}"
     elif elsewhere:
-        remedy = f"; write {' or '.join(elsewhere)}"
+        remedy = f"; write {' or '.join(map('.'.join, elsewhere))}"
     else:
         depth = len(key) - 1
         remedy = suggest(bare, dict.fromkeys(other[depth] for other in _settings() if other[:depth] == key[:-1]))
@@ -311,6 +315,11 @@ def _refusal(key: Key) -> tuple[str, str] | None:
 def _read(key: Key, item: Written) -> Any:
     if key == _LORA:
         return item.value
+    asked = item.value if isinstance(item.value, list) else [item.value]
+    if key == ("dpo", "loss_type") and (
+        other := next((name for name in asked if str(name).lower() in OBJECTIVES), None)
+    ):
+        raise ValueError(OBJECTIVES[str(other).lower()])
     value = _settings()[key].read(item.value)
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
     if limit and value is not None and not limit[0](value):
@@ -359,13 +368,16 @@ def _default(key: Key, has_lora: bool) -> Any:
 def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's result depends on: data, model and the stage's own section, without its logging.
 
-    SFT leaves out the keys of `model` that only DPO reads, DPO those of `data` that only SFT reads.
+    What starts from the base model leaves out the keys of `model` that say what else to start from; all but SFT leave
+    out those of `data` that only SFT reads.
     """
     data, model = asdict(recipe.data), asdict(recipe.model)
-    if stage == "dpo":
+    if stage != "sft":
         del data["sft"]
-    if stage == "sft":
-        del model["start"], model["reference"], model["prefix_sharing"]
+    if not STAGES[stage].from_sft:
+        del model["start"], model["reference"]
+    if stage != "dpo":
+        del model["prefix_sharing"]
     logging = ("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node")
     own = {k: v for k, v in getattr(recipe, stage).items() if not k.startswith("logging_") and k not in logging}
     return {"data": data, "model": model, stage: own}
@@ -443,4 +455,10 @@ def write_yaml(recipe: Recipe) -> str:
 def sections_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings as plain dicts, in the order in which a recipe is written."""
     plain = asdict(recipe)
-    return {name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor", "sweep", "evaluate")}
+    names = ("about", "data", "model", *stages_of(recipe), "monitor", "sweep", "evaluate")
+    return {name: plain[name] for name in names}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe has settings for; SFT and DPO always."""
+    return [stage for stage in STAGES if stage in ("sft", "dpo") or getattr(recipe, stage)]

@@ -35,7 +35,7 @@ from alignlab.text.tables import SHARE, Row, counts_of, number
 log = logging.getLogger(__name__)
 
 TEXT_CHARACTERS = 20_000  # of any other text than a reply: a recipe, an error, a name
-FIRST = ("dpo", "model", "data", "sft", "monitor")  # the sections whose differences come first
+FIRST = ("dpo", "kto", "orpo", "model", "data", "sft", "monitor")  # the sections whose differences come first
 SECTIONS = {
     "differences": "What differs",
     "comparison": "Figures",
@@ -139,7 +139,7 @@ def _page(
     kept: Kept | None,
     others: Sequence[Kept],
 ) -> Page:
-    of_stage = [run for run in runs if run.stage == "dpo"] or list(runs)
+    of_stage = [run for run in runs if run.stage != "sft"] or list(runs)
     return Page(
         kind=kind,
         recipe=runs[0].recipe if runs else "",

@@ -134,7 +134,7 @@ class Figures:
 class Manifest:
     """What a run says of itself, in `manifest.json`; what it does not know yet is none or empty."""
 
-    stage: Literal["sft", "dpo"]
+    stage: Literal["sft", "dpo", "kto", "orpo"]
     status: Literal["running", "finished", "stopped", "failed"]
     stop_reason: str | None = None
     consumed: Mapping[str, Any] = field(default_factory=dict)  # the settings that its result depends on, by section
@@ -162,6 +162,7 @@ class Manifest:
     figures_seconds: float | None = None
     best_step: int | None = None  # whose weights were kept
     steps: int | None = None
+    tokens: int | None = None  # that training has read, as TRL counts them
     world_size: int | None = None
     probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
     base_probe: Sequence[float] = ()  # the same replies' before SFT
@@ -373,7 +374,7 @@ def check_name(name: str, where: str = "--run") -> str:
 
 
 def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: Path = RUNS) -> Run:
-    """The run that a command is about: NAME, or the best of the sweep, or else the last DPO run, or the last SFT run.
+    """The run that a command is about: NAME, or the best of the sweep, else the last run that is not SFT's.
 
     RECIPE is a run directory itself, a folder of runs, or a recipe's name or file, whose runs are under `root`; the
     recipe need not be there. RunError says what is there instead.
@@ -389,7 +390,7 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: 
         return _there(folder / check_name(name), recipe)
     if not (runs := runs_in(folder)):
         return _there(folder, recipe)
-    return max(runs, key=lambda run: (run.manifest.stage == "dpo", run.manifest.started or ""))
+    return max(runs, key=lambda run: (run.manifest.stage != "sft", run.manifest.started or ""))
 
 
 def runs_folder(recipe: str, root: Path = RUNS) -> Path:

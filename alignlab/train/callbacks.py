@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import resource
 import secrets
@@ -267,8 +266,8 @@ class Guard(TrainerCallback):
     `outside` tells whether the last evaluation was outside the limits, and so may not be the best checkpoint.
     """
 
-    def __init__(self, run: Run, section: MonitorSection, anchored: bool):
-        self.run, self.section, self.anchored = run, section, anchored
+    def __init__(self, run: Run, section: MonitorSection, stage: str, anchored: bool):
+        self.run, self.section, self.stage, self.anchored = run, section, stage, anchored
         self.said = {warning.guard for warning in run.manifest.warnings}
         self.outside = False
         self.stopped: Alarm | None = None
@@ -278,7 +277,8 @@ class Guard(TrainerCallback):
             self.on_evaluate(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        found = alarms([row for row in state.log_history if "eval_loss" in row], self.section, self.anchored)
+        evaluations = [row for row in state.log_history if "eval_loss" in row]
+        found = alarms(evaluations, self.section, self.anchored, self.stage)
         for alarm in found:
             if alarm.guard not in self.said:
                 self._say(alarm, state.is_world_process_zero)
@@ -341,11 +341,11 @@ def _distance(one: Sequence[float], other: Sequence[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def check_loss(loss: float) -> None:
-    """Refuses a sigmoid loss other than ln 2 where policy and reference are the same model."""
-    if not abs(loss - math.log(2)) <= LOSS_TOLERANCE:
+def check_loss(loss: float, expected: float) -> None:
+    """Refuses another loss than that of two equal models, where policy and reference are the same model."""
+    if not abs(loss - expected) <= LOSS_TOLERANCE:
         raise ModelError(
-            f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931, though policy and reference agree; "
+            f"before the first step the loss is {loss:.4f}, not {expected:.4f}, though policy and reference agree; "
             f"a fault of alignlab or TRL, please report it"
         )
 

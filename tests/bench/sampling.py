@@ -32,7 +32,7 @@ from alignlab.runs.run import Run
 from alignlab.train.figures import held_out_prompts
 from alignlab.train.probe import measured
 from alignlab.train.samples import Samples
-from alignlab.train.stages import dpo_config, prepare_data
+from alignlab.train.stages import prepare_data, trl_config
 from alignlab.train.trainers import AlignDPOTrainer
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def prepared(folder: Path) -> tuple[AlignDPOTrainer, Samples]:
     policy = models.add_adapter(models.load_weights(recipe.model), recipe.model)
     here = Circumstances(folder, len(pairs.train), on_cpu=True)
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation, "processing_class": tokenizer}
-    trainer = AlignDPOTrainer(policy, None, dpo_config(recipe, here), **rows)
+    trainer = AlignDPOTrainer(policy, None, trl_config(recipe, "dpo", here), **rows)
     trainer.share_prefixes("auto")
     for name, weight in policy.named_parameters():
         if "lora_B.default" in name:  # a policy that has left its reference
