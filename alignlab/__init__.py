@@ -287,10 +287,10 @@ def compare(*runs: Run | str | Path) -> Path:
 
 def export(run: Run | str | Path, to: str | Path, **options: Any) -> Result:
     """A folder that loads with transformers alone, checked against the run; options as in `alignlab export`."""
-    from alignlab.exports.export import Wish, export, summarize
+    from alignlab.exports.export import ExportOptions, export, summarize
     from alignlab.runs.run import finished
 
-    made = export(finished(next(_opened([run]))), Path(to), Wish(**options))
+    made = export(finished(next(_opened([run]))), Path(to), ExportOptions(**options))
     return Result(summarize(made), made, made.path)
 
 

@@ -15,7 +15,7 @@ from alignlab.data.prepare import prepare
 from alignlab.data.transcript import Turn
 from alignlab.disk import read_lines
 from alignlab.evaluation.evaluator import Options, evaluate
-from alignlab.exports.export import Wish, export, summarize
+from alignlab.exports.export import ExportOptions, export, summarize
 from alignlab.measure.generate import sample_replies
 from alignlab.models.load import find_stops, load_tokenizer
 from alignlab.recipe.load import DataSection, load_recipe
@@ -125,7 +125,7 @@ def test_an_instruct_model_that_writes_only_its_end_of_turn(kind, tmp_path, monk
     assert rows["ended by itself"]["dpo"]["mean"] == rows["ended by itself"]["base"]["mean"] == 1.0
     assert replies_beside(file) == {"Yes."}
     assert found["stops"] == list(run.manifest.stops)
-    exported = export(run, tmp_path / "out", Wish(dtype="float32"))
+    exported = export(run, tmp_path / "out", ExportOptions(dtype="float32"))
     if kind == "plain text":  # no token ends a reply, so that a request has to name the text
         assert 'stop  at "[/GONE]" too' in summarize(exported)
         assert "Stop at `'[/GONE]'` too" in (tmp_path / "out/README.md").read_text()

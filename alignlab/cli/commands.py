@@ -67,13 +67,13 @@ def _list(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
-    from alignlab.recipe.arguments import Circumstances, trl_arguments
+    from alignlab.recipe.arguments import TrainingContext, trl_arguments
     from alignlab.recipe.load import run_name, stages_of
     from alignlab.recipe.show import recipe_facts, show_arguments, show_recipe
 
     arguments = {}
     for stage in stages_of(recipe):
-        here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
+        here = TrainingContext(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
         arguments[stage] = trl_arguments(recipe, stage, here)
     if args.json:
         from alignlab.train.stages import stops_of
@@ -137,7 +137,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from alignlab.runs.lineup import find_runs
+    from alignlab.runs.selection import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
     from alignlab.text.tables import check_table, write_table
@@ -147,7 +147,7 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.evaluation.scoreboard import show
     from alignlab.reports.page import report_line
     from alignlab.runs.evaluation import read_evaluation
-    from alignlab.runs.lineup import folder_of
+    from alignlab.runs.selection import folder_of
 
     paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
@@ -191,13 +191,13 @@ def _export(args: argparse.Namespace) -> None:
         from alignlab.exports.hub import check_push
 
         check_push(args.push, args.public)
-    from alignlab.exports.export import Wish, export, summarize
+    from alignlab.exports.export import ExportOptions, export, summarize
     from alignlab.runs.run import Run, find_run, finished
 
     is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
     run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
-    wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
-    made = export(run, Path(args.to), wish)
+    options = ExportOptions(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
+    made = export(run, Path(args.to), options)
     _print(summarize(made))
     if args.push:
         from alignlab.exports.hub import push

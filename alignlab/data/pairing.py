@@ -88,7 +88,7 @@ class Pair(NamedTuple):
 
 
 @dataclass
-class Made:
+class PreparedBatch:
     """What became of a batch."""
 
     pairs: list[Pair] = field(default_factory=list)
@@ -106,9 +106,9 @@ class Made:
         return found
 
 
-def make_pairs(batch: Sequence[RawRow], job: Job) -> Made:
+def make_pairs(batch: Sequence[RawRow], job: Job) -> PreparedBatch:
     """The pairs of a batch in the order of its rows, why others are none, and what was not read."""
-    made = Made()
+    made = PreparedBatch()
     encoder = job.form.encoder
     pairs = [pair for place, raw in enumerate(batch) for pair in _understood(place, raw, job, made)]
     ids = encoder.prompts([pair.prompt for pair in pairs])
@@ -126,7 +126,7 @@ def make_pairs(batch: Sequence[RawRow], job: Job) -> Made:
     return made
 
 
-def _understood(place: int, raw: RawRow, job: Job, made: Made) -> Iterator[Pair]:
+def _understood(place: int, raw: RawRow, job: Job, made: PreparedBatch) -> Iterator[Pair]:
     """The pairs of a row, each with the split it is in."""
     part, form = job.parts[raw.part], job.form
     made.unread.update(part.reader.unread(raw.row.fields))

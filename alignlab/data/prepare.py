@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from alignlab.data.account import arrow_writer, id_arrays, make_folder, open_arrow, read_dialogues, record_batch
 from alignlab.data.format import Format
 from alignlab.data.identity import identify
-from alignlab.data.ledger import arrow_writer, id_arrays, make_folder, open_arrow, read_dialogues, record_batch
 from alignlab.data.pairing import Job
 from alignlab.data.preparation import BATCH_ROWS, prepare_rows
 from alignlab.data.prepared import Entry, find_or_make

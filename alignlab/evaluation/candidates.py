@@ -19,8 +19,8 @@ from alignlab.models import load as models
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import ModelFacts
-from alignlab.runs.lineup import names_of
 from alignlab.runs.run import Run, parent_of
+from alignlab.runs.selection import names_of
 from alignlab.train.stages import with_weights
 
 
@@ -49,7 +49,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Lineup:
+class ModelSet:
     """The models of an evaluation; the others are compared with `against`, and cases are of `ours`."""
 
     candidates: Sequence[Candidate]
@@ -64,14 +64,14 @@ class Lineup:
         return [candidate.name for candidate in self.candidates]
 
 
-def line_up(runs: Sequence[Run]) -> Lineup:
+def choose_models(runs: Sequence[Run]) -> ModelSet:
     """Of one run its base, what it started from, and itself, compared with its start; of several, with the first."""
     hashes: dict[str, Any] = {}
     if len(runs) > 1:
         found = [_of_run(run, name, hashes) for run, name in zip(runs, names_of(runs), strict=True)]
-        return Lineup(found, found[0])
+        return ModelSet(found, found[0])
     found = _with_its_start(runs[0], hashes)
-    return Lineup(found, found[-2])
+    return ModelSet(found, found[-2])
 
 
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:
@@ -197,7 +197,7 @@ def _way_of_writing(candidate: Candidate) -> tuple[str, str, str]:
     return f"{len(tokenizer)} words, {words}", candidate.recipe.data.format, str(tokenizer.chat_template)
 
 
-class Bench:
+class LoadedModels:
     """The models that are in memory: one base with any number of adapters, or full models one after another.
 
     4-bit and dtype are as in training. What is not held any longer is given back before more is loaded.

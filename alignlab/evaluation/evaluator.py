@@ -25,10 +25,10 @@ from alignlab.evaluation import contests, preference, watch
 from alignlab.evaluation.answers import Answers, Decoding
 from alignlab.evaluation.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
 from alignlab.evaluation.candidates import (
-    Bench,
     Candidate,
-    Lineup,
-    line_up,
+    LoadedModels,
+    ModelSet,
+    choose_models,
     model_facts,
     refuse_what_cannot_be_compared,
     trained_by,
@@ -55,8 +55,8 @@ from alignlab.runs.evaluation import (
     targets_figures,
 )
 from alignlab.runs.facts import cost_of, cost_rows
-from alignlab.runs.lineup import folder_of
 from alignlab.runs.run import Run, package_versions
+from alignlab.runs.selection import folder_of
 from alignlab.text.tables import Row
 from alignlab.train.stages import prepare_data
 
@@ -99,7 +99,7 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    evaluator = Evaluator(line_up(runs), options)
+    evaluator = Evaluator(choose_models(runs), options)
     began = time.monotonic()
     found = evaluator.measure()
     found = replace(found, seconds=round(time.monotonic() - began, 1))
@@ -115,7 +115,7 @@ def _check(options: Options) -> None:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedReplies:
     """What a judge made of the replies."""
 
     rows: Sequence[Row] = ()
@@ -127,15 +127,15 @@ class Judged:
 class Evaluator:
     """One evaluation: the models, the prompts they share, and what was found."""
 
-    def __init__(self, lineup: Lineup, options: Options):
-        self.candidates, self.ours, self.against = lineup.candidates, lineup.ours, lineup.against
-        self.options, self.recipe = options, lineup.ours.recipe
+    def __init__(self, chosen: ModelSet, options: Options):
+        self.candidates, self.ours, self.against = chosen.candidates, chosen.ours, chosen.against
+        self.options, self.recipe = options, chosen.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
         self.tokenizer, pairs = prepare_data(self.recipe, self.ours.run.manifest.stage)
         self.form = Format(self.recipe.data.format, self.tokenizer)
         self.pairs, self.files = self._drawn(good_replies(pairs.test), options.limit), pairs.files
-        self.bench = Bench()
-        self.answers = Answers(self.bench, self.form)
+        self.loaded = LoadedModels()
+        self.answers = Answers(self.loaded, self.form)
         self.decoding = self._decoding()
         self.judge = self._judge()
         self.signs: dict[str, list[str]] = {}
@@ -151,7 +151,7 @@ class Evaluator:
         replies = {each.name: self._replies(each) for each in sets}
         looks = self._watch(replies[HELD_OUT], losses, cost)
         cost += self._kl()
-        self.bench.hold()
+        self.loaded.hold()
         judged = self._judged(sets, replies)
         others = self._safety(sets, replies) + looks + self._bias() + self._benchmarks()
         self._warn_of_a_quick_look()
@@ -357,7 +357,7 @@ class Evaluator:
 
     # Judging
 
-    def _judged(self, sets: Sequence[PromptSet], replies: Mapping[str, Mapping[str, Sequence[Reply]]]) -> Judged:
+    def _judged(self, sets: Sequence[PromptSet], replies: Mapping[str, Mapping[str, Sequence[Reply]]]) -> JudgedReplies:
         """Each two models on each set of prompts; the toy's rule knows nothing of other prompts than the toy's."""
         judged = [] if self.judge is None else sets[:1] if self.judge[0] == "rule" else sets
         matches = self._matches(judged, replies) if judged else {}
@@ -372,7 +372,7 @@ class Evaluator:
             group = "judge's scores" if each.name == HELD_OUT else f"judge's scores, {each.name}"
             scores += contests.score_rows(its, list(replies[each.name]), self.against.name, group)
         self._warn_of_judging(matches, found)
-        return Judged([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
+        return JudgedReplies([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
 
     def _matches(self, sets: Sequence[PromptSet], replies) -> dict[str, list[Matches]]:
         names = [candidate.name for candidate in self.candidates]
@@ -437,7 +437,7 @@ class Evaluator:
             wanted = {digest(["lm-eval", *identify_tasks(of.lm_eval, of.tasks_folder, of.limit)]): candidate}
 
             def run(few: list[Candidate]) -> list[dict[str, Any]]:
-                with self.bench.on(few[0]) as model:
+                with self.loaded.on(few[0]) as model:
                     return [run_benchmarks(model, self.tokenizer, of.lm_eval, of.tasks_folder, of.limit, of.batch_size)]
 
             (figures[candidate.name],) = kept.complete(wanted, run, at_once=1, about=f"{candidate.name}: lm-eval")

@@ -18,7 +18,15 @@ from alignlab.errors import RunError
 from alignlab.recipe.load import TargetsSection
 from alignlab.recipe.objectives import STAGES
 from alignlab.runs import typed
-from alignlab.runs.evaluation import FILE, Evaluation, Kept, Target, all_evaluations, judge_targets, read_evaluation
+from alignlab.runs.evaluation import (
+    FILE,
+    Evaluation,
+    StoredEvaluation,
+    Target,
+    all_evaluations,
+    judge_targets,
+    read_evaluation,
+)
 from alignlab.runs.logs import MetricRow, last_samples, read_metrics
 from alignlab.runs.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of, refuse_changed
 from alignlab.text.estimate import Estimate, is_number
@@ -75,7 +83,7 @@ class RunFacts:
     kept: Evaluated | None  # at the step whose weights were kept
     last: Evaluated | None
     evaluation: Evaluation | None
-    others: Sequence[Kept]  # evaluations that are not so full
+    others: Sequence[StoredEvaluation]  # evaluations that are not so full
     targets: Sequence[Target]
     examination: Examination | None
     settings: Mapping[str, str]  # every setting by its dotted name, as JSON
@@ -377,14 +385,14 @@ def seconds_between(start: str | None, end: str | None) -> float | None:
     return (last - first).total_seconds()
 
 
-def judged_together(runs: Sequence[RunFacts]) -> tuple[Kept | None, dict[str, str]]:
+def judged_together(runs: Sequence[RunFacts]) -> tuple[StoredEvaluation | None, dict[str, str]]:
     """The evaluation in which most of these runs were judged side by side, and their names there.
 
     It is looked for with each run and in the folders that hold them, where `alignlab eval --runs` writes.
     """
     parents = {Path(run.folder).resolve().parent for run in runs}
     folders = {*(Path(run.folder) for run in runs), *parents, Path(os.path.commonpath(parents))}
-    best: tuple[Kept | None, dict[str, str]] = (None, {})
+    best: tuple[StoredEvaluation | None, dict[str, str]] = (None, {})
     for kept in (each for folder in sorted(folders) for each in all_evaluations(folder)):
         names = {run.name: name for run in runs if (name := _name_in(kept.found, run))}
         if kept.found.win_rates and (len(names), kept.fullness) > (len(best[1]), best[0].fullness if best[0] else ()):

@@ -202,7 +202,7 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DataFinding:
     """A sign that something is wrong with the data, or that it was looked for in vain: a count of 0."""
 
     name: str
@@ -233,7 +233,7 @@ class Examination:
     fingerprint: str | None
     tokens: Mapping[str, Lengths]
     histogram: Histogram
-    findings: Sequence[Found]
+    findings: Sequence[DataFinding]
     features: Sequence[Feature]
 
 

@@ -24,7 +24,7 @@ from alignlab.memory.fakes import Meter, held_tensors
 from alignlab.memory.plan import GIB, Plan, plan
 from alignlab.memory.steps import Row
 from alignlab.models import load as models
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.load import Recipe
 from alignlab.train.reference import with_reference_columns
 from alignlab.train.stages import prepare_data, with_weights
@@ -100,7 +100,7 @@ def _lengths(row: Mapping[str, Any]) -> Row:
 
 
 def _trainer(recipe: Recipe, stage: str, rows: Dataset, micro_batches: int, tokenizer: Any, folder: Path) -> Any:
-    section, here = recipe.model, Circumstances(folder, len(rows), not torch.cuda.is_available())
+    section, here = recipe.model, TrainingContext(folder, len(rows), not torch.cuda.is_available())
     given = {**trl_arguments(recipe, stage, here), **QUIET}
     given |= {"max_steps": STEPS, "gradient_accumulation_steps": micro_batches, "learning_rate": 1e-6}
     weights = models.load_weights(section)

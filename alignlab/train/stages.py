@@ -31,7 +31,7 @@ from alignlab.measure import heldout
 from alignlab.memory.page import plan_line
 from alignlab.models import load as models
 from alignlab.models import pretrain
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import ModelSection, Recipe, consumed, run_name, write_yaml
 from alignlab.recipe.objectives import STAGES, config_class
@@ -41,7 +41,14 @@ from alignlab.runs.run import Parent, Run
 from alignlab.train import callbacks
 from alignlab.train.figures import figures_on_test, held_out_prompts
 from alignlab.train.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
-from alignlab.train.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
+from alignlab.train.reference import (
+    StoredPairs,
+    complete,
+    identify_reference,
+    look_up,
+    pairs_scored_online,
+    worth_storing,
+)
 from alignlab.train.samples import Samples
 from alignlab.train.store import ReferenceIdentity
 from alignlab.train.trainers import AlignDPOTrainer, AlignKTOTrainer, AlignSFTTrainer
@@ -203,7 +210,7 @@ def _preference_trainer(
     return trainer
 
 
-def trl_config(recipe: Recipe, stage: str, here: Circumstances) -> Any:
+def trl_config(recipe: Recipe, stage: str, here: TrainingContext) -> Any:
     """TRL's own config of a stage."""
     return config_class(stage)(**trl_arguments(recipe, stage, here))
 
@@ -213,9 +220,9 @@ def _processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> Circumstances:
+def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> TrainingContext:
     world = _processes().num_processes
-    return Circumstances(folder, rows, not torch.cuda.is_available(), world, checkpoint is not None)
+    return TrainingContext(folder, rows, not torch.cuda.is_available(), world, checkpoint is not None)
 
 
 @contextlib.contextmanager
@@ -455,7 +462,7 @@ def _identify_reference(
     )
 
 
-def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[Found, int]:
+def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[StoredPairs, int]:
     """What the store knows of these pairs, and for how many a run without it would ask the reference."""
     args, splits = trainer.args, {"train": pairs.train, "validation": pairs.validation}
     if args.ld_alpha is None:  # the test figures are of the replies as they are
@@ -477,8 +484,8 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     filled: dict[str, Dataset] = {}
     if stored:
         with trainer.scoring_reference() as score:
-            filled, receipt = complete(found, score)
-        log.info("%s", receipt)
+            filled, use = complete(found, score)
+        log.info("%s", use)
         trainer.use_stored_reference(filled["train"], filled["validation"])
     else:
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from alignlab.disk import write_json
 from alignlab.memory.plan import GIB
 from alignlab.models import load as models
-from alignlab.recipe.arguments import Circumstances
+from alignlab.recipe.arguments import TrainingContext
 from alignlab.recipe.load import KLSection, load_recipe
 from alignlab.runs.run import Run
 from alignlab.train.figures import held_out_prompts
@@ -71,7 +71,7 @@ def prepared(folder: Path) -> tuple[AlignDPOTrainer, Samples]:
     recipe = load_recipe("gpt2", own)
     tokenizer, pairs = prepare_data(recipe)
     policy = models.add_adapter(models.load_weights(recipe.model), recipe.model)
-    here = Circumstances(folder, len(pairs.train), on_cpu=True)
+    here = TrainingContext(folder, len(pairs.train), on_cpu=True)
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation, "processing_class": tokenizer}
     trainer = AlignDPOTrainer(policy, None, trl_config(recipe, "dpo", here), **rows)
     trainer.share_prefixes("auto")

@@ -42,7 +42,7 @@ KEY_BYTES = 8  # of a dialogue
 OF_THE_PAIRS = {split: f"dialogue also in the {split} split of the pairs" for split in SPLITS}  # a reason
 
 
-class Ledger:
+class RowAccount:
     """Counts what becomes of each row, and takes the pairs that are kept; a context manager that closes its files."""
 
     def __init__(
@@ -66,7 +66,7 @@ class Ledger:
         self._pending: dict[str, list[tuple[Pair, int, int]]] = {split: [] for split in SPLITS}
         self._files = ExitStack()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> RowAccount:
         self._dropped = self._files.enter_context((self.folder / "dropped.jsonl").open("w", encoding="utf-8"))
         self._tables = {
             split: self._files.enter_context(arrow_writer(self.folder / f"{split}.arrow", self.columns | ORIGIN))
@@ -156,7 +156,7 @@ def _bytes(pair: Pair) -> bytes:
 
 
 def read_dialogues(folder: Path, counts: Mapping[str, int]) -> dict[str, frozenset[bytes]]:
-    """The hashes of the dialogues in each split, as `Ledger.account` has written them."""
+    """The hashes of the dialogues in each split, as `RowAccount.account` has written them."""
     content, start, found = (folder / "dialogues.bin").read_bytes(), 0, {}
     for split in SPLITS:
         end = start + KEY_BYTES * counts[split]
