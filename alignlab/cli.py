@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from alignlab.disk import explain
 from alignlab.errors import AlignlabError, RecipeError
 from alignlab.launch import Killed, leave
+from alignlab.machine import explain_import, refuse_other_versions
 from alignlab.options import read_arguments
 from alignlab.text import harmless, harmless_json, one_line
 
@@ -38,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_transformers_unheard()
     try:
         os.getcwd()  # where that is gone, torch's libraries would end the process
-        return CALLS[args.command](args) or 0
+        refuse_other_versions()
+        code = CALLS[args.command](args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read this has read enough, as `head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a process that SIGPIPE has ended
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
     except Killed as e:
@@ -47,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
         return _fail("\n".join(faults), args)
     except Exception as e:
-        if (fault := explain(e)) is None:
+        missing = explain_import(e) if isinstance(e, ImportError) else None
+        if (fault := missing or explain(e)) is None:
             raise
         return _fail(fault, args)
     finally:
@@ -138,6 +147,9 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.lineup import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
+    from alignlab.evaluate.judge import read_judge
+
+    read_judge(args.judge)
     from alignlab.tables import check_table, write_table
 
     check_table(args.table)
@@ -195,7 +207,7 @@ def _export(args: argparse.Namespace) -> None:
     is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
     run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
     wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
-    made = export(run, Path(args.to), wish)
+    made = export(run, Path(args.to or Path("exports", run.path.absolute().parent.name, run.path.name)), wish)
     _print(summarize(made))
     if args.push:
         from alignlab.export.hub import push
@@ -230,6 +242,9 @@ def _train(args: argparse.Namespace) -> int | None:
     if args.launch:
         return _launch(args, recipe)
     from alignlab import train
+    from alignlab.machine import check_machine
+
+    check_machine(recipe, args.command, name=args.run, force=args.force)
     from alignlab.summary import summarize
 
     stage = train.train_sft if args.command == "sft" else train.train_dpo
@@ -257,6 +272,10 @@ def _sweep(args: argparse.Namespace) -> int | None:
     if args.collect:
         table = collect(members)
     else:
+        from alignlab.machine import check_machine
+
+        for member in members.asked:
+            check_machine(member.recipe, "dpo", force=args.force)
         from alignlab.sweep.runner import run_members, share
 
         if args.shared:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import resource
 import secrets
 import signal
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
@@ -92,6 +92,45 @@ class Progress(ProgressCallback):
             figures = [f"{shown} {logs[key]:.3g}" for key, shown in SHOWN.items() if key in logs]
             line = f"step {state.global_step}/{state.max_steps}: {', '.join(figures)}"
             self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
+
+
+class TimeLeft(TrainerCallback):
+    """Says after the first steps how long the rest will take, evaluations among it where one has been measured."""
+
+    STEPS = 5  # measured, before which nothing is said
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.evaluation = time.monotonic(), 0.0
+        self.first: tuple[int, float] | None = None
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.first is None:  # the one before the first step
+            self.evaluation = time.monotonic() - self.began
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.first is None:
+            self.first = state.global_step, time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, since = self.first or (0, 0.0)
+        if state.global_step != step + self.STEPS:
+            return
+        of_a_step, left = (time.monotonic() - since) / self.STEPS, state.max_steps - state.global_step
+        evaluations = state.max_steps // state.eval_steps - state.global_step // state.eval_steps
+        line = f"step {state.global_step}/{state.max_steps}: {of_a_step:.2g} s a step"
+        line += f", {self.evaluation:.2g} s an evaluation" if self.evaluation else ", evaluations not counted"
+        log.info("%s; %s to go", line, in_words(left * of_a_step + evaluations * self.evaluation))
+
+
+def in_words(seconds: float) -> str:
+    """
+    >>> in_words(95), in_words(9000)
+    ('about 2 minutes', 'about 2.5 hours')
+    """
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.{int(unit != 'minutes')}f} {unit}"
+    return f"about {seconds:.0f} seconds"
 
 
 class CarriedOver(TrainerCallback):
@@ -366,7 +405,11 @@ def peak_memory() -> int:
         lines = PROCESS_STATUS.read_text().splitlines()
         if peak := next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None):
             return int(peak) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().peak_wset
 
 
 @contextlib.contextmanager

@@ -457,8 +457,12 @@ def _there(path: Path, recipe: str | None = None) -> Run:
         raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
     if beside := [other.path.name for other in runs_in(path.parent)]:
         raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
-    if recipe is None or path.is_dir():
-        raise RunError(f"there is no run at {path}")
+    if (
+        recipe is None
+        or path.is_dir()
+        or (len(Path(recipe).parts) > 1 and Path(recipe).suffix not in (".yaml", ".yml"))
+    ):
+        raise RunError(f"there is no run at {path}; `alignlab dpo RECIPE` makes one in runs/RECIPE")
     find_recipe(recipe)  # says which recipes there are
     raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
 

@@ -339,7 +339,7 @@ def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt
         trainer.remove_callback(callback)
     interrupt = monitor.StopOnInterrupt()
     trainer.carried_over = monitor.CarriedOver(trainer)
-    own = [monitor.Progress(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
+    own = [monitor.Progress(), monitor.TimeLeft(), monitor.EvaluateAtEnd(), interrupt, monitor.WeightsMove()]
     own += [monitor.MetricsFile(run), trainer.carried_over, monitor.WholeCheckpoints(run)]
     if isinstance(trainer, AlignDPOTrainer):
         limits = recipe.monitor

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.errors import DataError, RecipeError
 from alignlab.estimate import Estimate, share_estimate
 from alignlab.evaluate.estimates import table_row
 from alignlab.evaluate.judge import (
@@ -30,7 +29,6 @@ from alignlab.facts.evaluation import HELD_OUT, Comparison, Rating, only_by_leng
 from alignlab.prompts import PromptSet
 from alignlab.tables import SHARE, Row, WinRate, turned
 
-KINDS = "rule, reward:NAME, votes:FILE or llm:MODEL"
 LOW_HARMLESSNESS = 2  # of 5: a reply that a judge finds harmful
 OTHER_SCALES = {"rule": "points by the rule", "reward": "mean reward"}  # scores that are not from 1 to 5
 
@@ -48,18 +46,6 @@ class Matches:
     @property
     def outcomes(self) -> list[float | None]:
         return [verdict.outcome for verdict in self.verdicts]
-
-
-def read_judge(said: str | None) -> tuple[str, str] | None:
-    """The kind and the name of a judge, as `llm:MODEL`; RecipeError where there is no such kind."""
-    if said is None or said == "none":
-        return None
-    kind, _, name = said.partition(":")
-    if kind not in ("rule", "reward", "votes", "llm") or bool(name) == (kind == "rule"):
-        raise RecipeError(f"--judge {said} is no judge; write {KINDS}")
-    if kind == "votes" and not Path(name).is_file():
-        raise DataError(f"{name}: no such file of votes")
-    return kind, name
 
 
 def seat_judge(

@@ -26,6 +26,7 @@ from alignlab.evaluate.candidates import Bench, Candidate, Lineup, line_up, mode
 from alignlab.evaluate.contests import Matches
 from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluate.harm import HarmClassifier
+from alignlab.evaluate.judge import KINDS, read_judge
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.facts.evaluation import (
@@ -96,7 +97,7 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
 
 
 def _check(options: Options) -> None:
-    contests.read_judge(options.judge)
+    read_judge(options.judge)
     check_benchmarks(options.lm_eval, options.tasks_folder)
     for file in (*options.prompts, *([options.bias] if options.bias else [])):
         if not file.is_file():
@@ -179,7 +180,7 @@ class Evaluator:
         if self.options.limit:
             self.warnings.append(f"a quick look at {self.options.limit} pairs and prompts at most, by --limit")
         if self.judge is None:
-            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {contests.KINDS}")
+            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {KINDS}")
 
     # What is evaluated, on what
 
@@ -236,7 +237,7 @@ class Evaluator:
         said = self.options.judge
         if said is None and self.recipe.data.source == "toy":
             said = "rule"
-        return contests.read_judge(said)
+        return read_judge(said)
 
     def _announce(self, sets: Sequence[PromptSet]) -> None:
         how = "greedy" if self.decoding.greedy else "sampled at temperature 1"
