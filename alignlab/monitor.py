@@ -148,7 +148,7 @@ class CarriedOver(TrainerCallback):
         file = self._file(args, state)
         if not file.is_file():  # a new run, or one that goes on with more processes
             return
-        found, trainer = json.loads(file.read_text()), self.trainer
+        found, trainer = json.loads(file.read_text(encoding="utf-8")), self.trainer
         trainer._tr_loss += found["loss"]
         trainer._globalstep_last_logged = found["last_logged"]
         trainer._metrics["train"].update(found["averages"])
@@ -394,7 +394,7 @@ def start_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux alone has it, and not every container lets it be written
-        PEAK_RESET.write_text("5")
+        PEAK_RESET.write_text("5", encoding="utf-8")
 
 
 def peak_memory() -> int:
@@ -402,14 +402,14 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
-        lines = PROCESS_STATUS.read_text().splitlines()
+        lines = PROCESS_STATUS.read_text(encoding="utf-8").splitlines()
         if peak := next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None):
             return int(peak) * 1024
     with contextlib.suppress(ImportError):  # Windows has none
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return psutil.Process().memory_info().peak_wset
+    return psutil.Process().memory_info().peak_wset  # type: ignore[attr-defined]  # of Windows alone
 
 
 @contextlib.contextmanager

@@ -312,7 +312,8 @@ def _refusal(key: Key) -> tuple[str, str] | None:
 
 def remedy_for(word: str) -> str:
     """What to write instead of an option of this name that no command has; nothing where no setting is near."""
-    return _refusal((word,))[1]
+    refusal = _refusal((word,))
+    return refusal[1] if refusal else ""
 
 
 def _read(key: Key, item: Written) -> Any:

@@ -656,7 +656,7 @@ def best_of(checkpoint: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What the trainer knew when it wrote the checkpoint: `log_history`, `best_global_step` and more."""
-    return json.loads((checkpoint / "trainer_state.json").read_text())
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def step_of(checkpoint: Path) -> int:

@@ -92,12 +92,12 @@ def prepare_environment() -> None:
 
 
 def import_everything() -> None:
-    import alignlab.data
-    import alignlab.doctor.examination
-    import alignlab.evaluate.evaluator
-    import alignlab.export
-    import alignlab.report.page
-    import alignlab.sweep.runner
+    import alignlab.data  # noqa: F401
+    import alignlab.doctor.examination  # noqa: F401
+    import alignlab.evaluate.evaluator  # noqa: F401
+    import alignlab.export  # noqa: F401
+    import alignlab.report.page  # noqa: F401
+    import alignlab.sweep.runner  # noqa: F401
     import alignlab.train  # noqa: F401
 
 
