@@ -161,8 +161,9 @@ def _eval(args: argparse.Namespace) -> None:
 
     paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
-    same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
+    same = ("judge", "url", "max_requests", "judge_tokens", "classifier", "lm_eval", "greedy", "max_new_tokens")
+    more = ("replies", "limit", "batch_size", "seed", "prompt_column", "models", "outputs")
+    given = {name: getattr(args, name) for name in (*same, *more)}
     targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
     options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
     file = evaluate(runs, options)

@@ -100,22 +100,21 @@ class TimeLeft(TrainerCallback):
     STEPS = 5  # measured, before which nothing is said
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.evaluation = time.monotonic(), 0.0
-        self.first: tuple[int, float] | None = None
+        self.since, self.evaluation = time.monotonic(), 0.0
+        self.seconds: list[float] = []
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self.first is None:  # the one before the first step
-            self.evaluation = time.monotonic() - self.began
+        if not self.seconds:  # the one before the first step
+            self.evaluation = time.monotonic() - self.since
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.first is None:
-            self.first = state.global_step, time.monotonic()
+        self.since = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        step, since = self.first or (0, 0.0)
-        if state.global_step != step + self.STEPS:
+        self.seconds.append(time.monotonic() - self.since)
+        if len(self.seconds) != self.STEPS:
             return
-        of_a_step, left = (time.monotonic() - since) / self.STEPS, state.max_steps - state.global_step
+        of_a_step, left = sum(self.seconds) / self.STEPS, state.max_steps - state.global_step
         evaluations = state.max_steps // state.eval_steps - state.global_step // state.eval_steps
         line = f"step {state.global_step}/{state.max_steps}: {of_a_step:.2g} s a step"
         line += f", {self.evaluation:.2g} s an evaluation" if self.evaluation else ", evaluations not counted"

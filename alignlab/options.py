@@ -176,6 +176,7 @@ def _eval(commands) -> None:
             "mistral --prompts xstest.csv mt_bench.jsonl --bias crows_pairs.csv --judge reward:my/reward-model",
             "mistral --best --limit 32",
             "mistral --runs dpo dpo-beta0.3 dpo-beta0.05",
+            "mistral --models zephyr=models/zephyr --outputs gpt4=gpt4.json --prompts alpaca_eval.json",
         ],
         recipe=False,
     )
@@ -185,6 +186,10 @@ def _eval(commands) -> None:
     which.add_argument("--run", metavar="NAME", help="this run under runs/RECIPE/, its base and what it started from")
     which.add_argument("--best", action="store_true", help="the run that the sweep chose")
     which.add_argument("--runs", metavar="RUN", nargs="+", default=[], help="these runs side by side")
+    about = "a model that is no run, with the runs' tokenizer"
+    which.add_argument("--models", type=_named, metavar="NAME=FOLDER", nargs="+", default=[], help=about)
+    about = "replies of any other model, as AlpacaEval writes them: instruction and output"
+    which.add_argument("--outputs", type=_named, metavar="NAME=FILE", nargs="+", default=[], help=about)
     _table_option(command)
     on = command.add_argument_group("on what")
     on.add_argument(
@@ -203,6 +208,8 @@ def _eval(commands) -> None:
     how.add_argument("--judge", metavar="JUDGE", help="rule (the toy's), reward:NAME, votes:FILE, llm:MODEL or none")
     how.add_argument("--url", metavar="URL", help="of an llm judge: an OpenAI-compatible endpoint, up to its /v1")
     how.add_argument("--max-requests", type=_count, metavar="N", help="to an llm judge, in this call")
+    about = "of an llm judge's answer, its thoughts among them; default 1024"
+    how.add_argument("--judge-tokens", type=_count, default=1024, metavar="N", help=about)
     how.add_argument("--classifier", metavar="NAME", help="a text-classification model that finds harmful replies")
     how.add_argument("--harmful-label", metavar="LABEL", nargs="+", default=[], help="its labels that mean harm")
     how.add_argument("--greedy", action="store_true", help="greedy replies; default: sampled at temperature 1")
@@ -329,6 +336,13 @@ def _gib(text: str) -> float:
     if not 0 < gib < 10_000:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory; write GiB, such as 16")
     return gib
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not (name and equals and place):
+        raise argparse.ArgumentTypeError(f"{text} has no name; write NAME=PLACE, such as zephyr=models/zephyr")
+    return name, place
 
 
 def _count(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from alignlab import model as models
 from alignlab.disk import digest
-from alignlab.errors import RunError
+from alignlab.errors import ModelError, RunError
 from alignlab.facts.evaluation import ModelFacts
 from alignlab.lineup import names_of
 from alignlab.recipe import Recipe, load_recipe
@@ -63,14 +63,35 @@ class Lineup:
         return [candidate.name for candidate in self.candidates]
 
 
-def line_up(runs: Sequence[Run]) -> Lineup:
-    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first."""
+def line_up(runs: Sequence[Run], others: Mapping[str, str] | None = None) -> Lineup:
+    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first.
+
+    `others` are models that are no runs: a name → a folder. They stand in front.
+    """
     hashes: dict[str, Any] = {}
     if len(runs) > 1:
         found = [_of_run(run, name, hashes) for run, name in zip(runs, names_of(runs), strict=True)]
-        return Lineup(found, found[0])
-    found = _with_its_start(runs[0], hashes)
-    return Lineup(found, found[-2])
+        against = found[0]
+    else:
+        found = _with_its_start(runs[0], hashes)
+        against = found[-2]
+    return Lineup([*(_of_folder(*each, found[-1], hashes) for each in (others or {}).items()), *found], against)
+
+
+def _of_folder(name: str, folder: str, like: Candidate, hashes: dict[str, Any]) -> Candidate:
+    """A model that is no run, written to as the runs are; RunError where it has other tokens."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"--models {name}={folder}: no such folder; its replies may come with --outputs {name}=FILE")
+    section = replace(like.recipe.model, start=folder)
+    if not (Path(folder) / models.ADAPTER_FILE).is_file():
+        ours, theirs = models.load_tokenizer(like.recipe.model), models.load_tokenizer(section, folder)
+        if ours.get_vocab() != theirs.get_vocab():
+            raise RunError(
+                f"--models {name}={folder}: its tokenizer is not the runs', so that a perplexity means something else "
+                f"for each; give its replies instead, with --outputs {name}=FILE"
+            )
+    start = models.find_start(section, None)
+    return _candidate(name, replace(like.recipe, model=section), start.weights, start.adapter, like.run, hashes)
 
 
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:

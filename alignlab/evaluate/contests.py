@@ -49,9 +49,9 @@ class Matches:
 
 
 def seat_judge(
-    said: tuple[str, str], prompts: Sequence[str], models: Sequence[str], url: str | None, max_requests: int | None
+    said: tuple[str, str], prompts: Sequence[str], models: Sequence[str], url: str | None = None, **limits: Any
 ) -> Callable[[str, str], Judge]:
-    """The judge of any two of the models, whose prompts are these transcripts."""
+    """The judge of any two of the models, whose prompts are these transcripts; `limits` are an endpoint's."""
     kind, name = said
     if kind == "votes":
         return read_votes(Path(name), prompts, models).judge
@@ -62,7 +62,7 @@ def seat_judge(
     else:
         from alignlab.evaluate.endpoint import EndpointJudge
 
-        judge = EndpointJudge(name, url, max_requests=max_requests)
+        judge = EndpointJudge(name, url, **limits)
     return lambda a, b: judge
 
 
@@ -72,14 +72,19 @@ def every_two(names: Sequence[str], ours: str, against: str) -> list[tuple[str, 
     return list(combinations(ranked, 2))
 
 
+def pair_replies(prompts: Sequence[str], replies: Mapping[str, Sequence[Reply]], a: str, b: str) -> list[Contest]:
+    """What two models said to each prompt."""
+    return [
+        Contest(prompt, ours.text, theirs.text)
+        for prompt, ours, theirs in zip(prompts, replies[a], replies[b], strict=True)
+    ]
+
+
 def hold_contest(
     seat: Callable[[str, str], Judge], prompts: Sequence[str], replies: Mapping[str, Sequence[Reply]], a: str, b: str
 ) -> Matches:
     """Two models on every prompt."""
-    contests = [
-        Contest(prompt, ours.text, theirs.text)
-        for prompt, ours, theirs in zip(prompts, replies[a], replies[b], strict=True)
-    ]
+    contests = pair_replies(prompts, replies, a, b)
     lengths = ([len(reply.ids) for reply in replies[name]] for name in (a, b))
     return Matches(a, b, judge_contests(seat(a, b), contests), *lengths)
 

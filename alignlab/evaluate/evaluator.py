@@ -18,7 +18,7 @@ import numpy as np
 
 from alignlab import model as models
 from alignlab.disk import check_writable, digest
-from alignlab.errors import DataError, ModelError
+from alignlab.errors import DataError, ModelError, RecipeError
 from alignlab.evaluate import contests, preference, watch
 from alignlab.evaluate.answers import Answers, Decoding
 from alignlab.evaluate.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
@@ -27,6 +27,7 @@ from alignlab.evaluate.contests import Matches
 from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluate.harm import HarmClassifier
 from alignlab.evaluate.judge import KINDS, read_judge
+from alignlab.evaluate.outputs import find_replies
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.facts.evaluation import (
@@ -34,6 +35,7 @@ from alignlab.facts.evaluation import (
     PERPLEXITY,
     Comparison,
     Evaluation,
+    ModelFacts,
     Rating,
     judge_targets,
     keep,
@@ -62,11 +64,14 @@ class Options:
     judge: str | None = None  # none: the toy's rule on the toy's dialogues, nobody on others
     url: str | None = None  # of an llm judge's endpoint
     max_requests: int | None = None
+    judge_tokens: int = 1024  # of an llm judge's answer, its thoughts among them
     prompts: Sequence[Path] = ()
     prompt_column: str | None = None  # of these files, where it is not found by its name
     bias: Path | None = None
     classifier: str | None = None
     harmful_labels: Sequence[str] = ()
+    models: Sequence[tuple[str, str]] = ()  # that are no runs: a name and a folder each
+    outputs: Sequence[tuple[str, str]] = ()  # of models that are not here: a name and a file each
     lm_eval: Sequence[str] = ()
     tasks_folder: Path | None = None
     greedy: bool = False
@@ -80,7 +85,7 @@ class Options:
     @property
     def asked(self) -> dict[str, str]:
         """What tells this evaluation from another of the same models: what is not as it is by default."""
-        unimportant = ("url", "max_requests", "targets")
+        unimportant = ("url", "max_requests", "judge_tokens", "targets")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unimportant}
         return {name: str(value) for name, value in given.items() if value != getattr(Options, name)}
 
@@ -89,7 +94,7 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    evaluator = Evaluator(line_up(runs), options)
+    evaluator = Evaluator(line_up(runs, dict(options.models)), options)
     began = time.monotonic()
     found = evaluator.measure()
     found = replace(found, seconds=round(time.monotonic() - began, 1))
@@ -121,6 +126,8 @@ class Evaluator:
         self.candidates, self.ours, self.against = lineup.candidates, lineup.ours, lineup.against
         self.options, self.recipe = options, lineup.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
+        self.elsewhere = {name: Path(file) for name, file in options.outputs}
+        self.warnings += [f"{name} is no run: what is held out here may have trained it" for name in self._others()]
         self.tokenizer, pairs = prepare_data(self.recipe)
         self.form = Format(self.recipe.data.format, self.tokenizer)
         self.pairs, self.files = self._drawn(pairs.test, options.limit), pairs.files
@@ -132,9 +139,18 @@ class Evaluator:
         self.reply_lines: list[dict[str, Any]] = []
         self.verdict_lines: list[dict[str, Any]] = []
 
+    def _others(self) -> list[str]:
+        """The names of what is no run; RecipeError where a name stands for two."""
+        others = [name for name, _ in (*self.options.models, *self.options.outputs)]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
+        if twice := [name for name in names if names.count(name) + others.count(name) > 2 or names.count(name) > 1]:
+            raise RecipeError(f"two models are called {twice[0]}; give --models and --outputs names of their own")
+        return others
+
     def measure(self) -> Evaluation:
         """Everything that `eval.json` holds, but for the seconds it took."""
         sets = [self.held_out, *self._files()]
+        self.outputs = find_replies(self.elsewhere, sets, self.tokenizer)
         self._announce(sets)
         preferences, length, slices, losses = self._preference()
         cost = self._perplexity()
@@ -147,7 +163,10 @@ class Evaluator:
         self._warn_of_a_quick_look()
         held_out = [each for each in judged.comparisons if each.prompts == HELD_OUT]
         found = Evaluation(
-            models=[model_facts(candidate) for candidate in self.candidates],
+            models=[
+                *(ModelFacts(name=name, path=str(file)) for name, file in self.elsewhere.items()),
+                *(model_facts(candidate) for candidate in self.candidates),
+            ],
             against=self.against.name,
             split="test",
             pairs=len(self.pairs),
@@ -299,9 +318,10 @@ class Evaluator:
 
     def _replies(self, prompts: PromptSet) -> dict[str, list[Reply]]:
         ids = [prompt.ids for prompt in prompts.prompts]
-        return {
+        drawn = {
             c.name: self.answers.replies(c, ids, self.decoding, f"replies, {prompts.name}") for c in self.candidates
         }
+        return self.outputs[prompts.name] | drawn
 
     def _kl(self) -> list[Row]:
         """KL on samples at temperature 1, whatever the other figures' replies are."""
@@ -356,14 +376,19 @@ class Evaluator:
         return Judged([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
 
     def _matches(self, sets: Sequence[PromptSet], replies) -> dict[str, list[Matches]]:
-        names = [candidate.name for candidate in self.candidates]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
         texts = {each.name: [prompt.transcript for prompt in each.prompts] for each in sets}
         everything = [text for its in texts.values() for text in its]
-        seat = contests.seat_judge(self.judge, everything, names, self.options.url, self.options.max_requests)
+        limits = {"max_requests": self.options.max_requests, "max_answer_tokens": self.options.judge_tokens}
+        seat = contests.seat_judge(self.judge, everything, names, self.options.url, **limits)
+        two = contests.every_two(names, self.ours.name, self.against.name)
+        pairs = [(of, a, b) for a, b in two for of in texts if {a, b} <= replies[of].keys()]
+        if self.judge[0] == "llm":
+            asked = [contests.pair_replies(texts[of], replies[of], a, b) for of, a, b in pairs]
+            seat(*two[0]).announce([contest for its in asked for contest in its])
         matches: dict[str, list[Matches]] = {each.name: [] for each in sets}
-        for a, b in contests.every_two(names, self.ours.name, self.against.name):
-            for of, its in matches.items():
-                its.append(contests.hold_contest(seat, texts[of], replies[of], a, b))
+        for of, a, b in pairs:
+            matches[of].append(contests.hold_contest(seat, texts[of], replies[of], a, b))
         return matches
 
     def _warn_of_judging(self, matches: Mapping[str, Sequence[Matches]], found: Sequence[Comparison]) -> None:
@@ -382,7 +407,7 @@ class Evaluator:
         classifier = HarmClassifier(name, labels) if name else None
 
         def harm(name: str, texts: Sequence[str]) -> list[float]:
-            candidate = next(c for c in self.candidates if c.name == name)
+            candidate = next((c for c in self.candidates if c.name == name), self.ours)
             wanted = {digest(["harm", classifier.key, text]): text for text in texts}
             kept = self.answers.kept(candidate)
             kept.complete(wanted, classifier, at_once=64, about=f"{name}: harmful content")

@@ -37,6 +37,11 @@ class Contest:
     reply_a: str
     reply_b: str
 
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to judge."""
+        return self.reply_a.strip() != self.reply_b.strip()
+
     def messages(self) -> list[dict[str, str]]:
         """The prompt as chat messages without the spaces around them; turns of one side in a row are one message."""
         if not self.prompt.startswith((HUMAN, ASSISTANT)):
@@ -94,10 +99,10 @@ def read_judge(said: str | None) -> tuple[str, str] | None:
 
 def judge_contests(judge: Judge, contests: Sequence[Contest]) -> list[Verdict]:
     """The judge's verdicts; equal replies are a tie without asking."""
-    differ = [contest for contest in contests if contest.reply_a.strip() != contest.reply_b.strip()]
+    differ = [contest for contest in contests if contest.differs]
     verdicts = iter(judge(differ) if differ else [])
     same = Verdict(OUTCOMES[TIE], "identical")
-    return [same if c.reply_a.strip() == c.reply_b.strip() else next(verdicts) for c in contests]
+    return [next(verdicts) if contest.differs else same for contest in contests]
 
 
 def combine_orders(judgements: Sequence[Judgement]) -> Verdict:
