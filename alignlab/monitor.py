@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
@@ -92,6 +92,21 @@ class Progress(ProgressCallback):
             figures = [f"{shown} {logs[key]:.3g}" for key, shown in SHOWN.items() if key in logs]
             line = f"step {state.global_step}/{state.max_steps}: {', '.join(figures)}"
             self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
+
+
+def early_stopping(patience: int) -> EarlyStoppingCallback:
+    """Ends a run after so many evaluations without a better one; of a run that goes on, whatever it had before."""
+
+    class Patience(EarlyStoppingCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.early_stopping_patience = patience
+            state.stateful_callbacks.setdefault(
+                type(self).__name__, self.state()
+            )  # transformers 5.23 takes it for there
+
+    Patience.__name__ = EarlyStoppingCallback.__name__  # under which checkpoints keep it
+    return Patience(patience)
 
 
 class TimeLeft(TrainerCallback):

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, SFTConfig
 
@@ -347,7 +347,7 @@ def _add_callbacks(trainer, recipe: Recipe, run: Run) -> monitor.StopOnInterrupt
         trainer.guard = monitor.Guard(run, limits, anchored="sft" in trainer.loss_types)
         own.append(trainer.guard)
     if recipe.monitor.patience:
-        own.append(EarlyStoppingCallback(recipe.monitor.patience))
+        own.append(monitor.early_stopping(recipe.monitor.patience))
     for callback in own:
         trainer.add_callback(callback)
     return interrupt

@@ -31,7 +31,7 @@ monitor: {{patience: 1, kl: {{prompts: 4, max_new_tokens: 8}}}}
 ENDINGS = {  # what brings a run to its end, and how it says so; STAGE is sft or dpo
     "max_steps": (["STAGE.max_steps=3"], "all 3 steps done"),
     "epochs": (["STAGE.num_train_epochs=1"], "all "),
-    "patience": (["STAGE.max_steps=9", "STAGE.learning_rate=30.0"], "no better held-out loss since step"),
+    "patience": (["STAGE.max_steps=9", "STAGE.learning_rate=1.0"], "no better held-out loss since step"),
     "guard": (["STAGE.max_steps=9", "monitor.max_kl=1e-9", "monitor.action=stop"], "stopped at step 2: the policy"),
     "asked": (["STAGE.max_steps=3"], "all 3 steps done"),
 }
@@ -124,6 +124,15 @@ def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, e
         assert ended.scores() == whole.scores()
 
 
+@pytest.mark.parametrize(("before", "after"), [("null", "2"), ("2", "null"), ("1", "5")])
+def test_a_run_goes_on_with_another_patience(before, after, start):
+    """A learning rate at which nothing gets better: patience 1 would end the run at step 4."""
+    settings, name = ["sft.max_steps=8", "sft.learning_rate=1.0"], f"patience-{before}-{after}"
+    start("sft", [*settings, f"monitor.patience={before}"], name, signalled=(signal.SIGTERM, 2))
+    run = start("sft", [*settings, f"monitor.patience={after}"], name)
+    assert run.is_finished and run.manifest.steps == 8 or after == "2"
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_stopped_between_two_log_lines_a_run_goes_on_with_the_rows_of_one_that_was_not(stage, start):
     """Logged at steps 2 and 4, stopped behind step 3: the row of step 4 is a mean over both its steps all the same."""
@@ -155,7 +164,7 @@ def test_what_a_killed_run_has_taken_counts_as_far_as_its_checkpoint(start):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start):
     """The trainer's state names the best checkpoint by the path that it had."""
-    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=30.0"]
+    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=1.0"]
     whole = start(stage, settings, f"{stage}-in-place")
     start(stage, settings, f"{stage}-first", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     shutil.move(whole.path.with_name(f"{stage}-first"), whole.path.with_name(f"{stage}-moved"))
@@ -165,7 +174,7 @@ def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start)
 
 def test_a_best_checkpoint_that_has_changed_is_not_loaded(start):
     """The run trains again from the last whole checkpoint, here from the start, and says why."""
-    settings = ["sft.max_steps=9", "sft.learning_rate=30.0"]
+    settings = ["sft.max_steps=9", "sft.learning_rate=1.0"]
     whole = start("sft", settings, "sft-sound")
     start("sft", settings, "sft-rotten", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     rotten = Run(whole.path.with_name("sft-rotten"))
