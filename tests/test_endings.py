@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_another_patience(before, after, start):
     settings, name = ["sft.max_steps=8", "sft.learning_rate=1.0"], f"patience-{before}-{after}"
     start("sft", [*settings, f"monitor.patience={before}"], name, signalled=(signal.SIGTERM, 2))
     run = start("sft", [*settings, f"monitor.patience={after}"], name)
-    assert run.is_finished and run.manifest.steps == 8 or after == "2"
+    assert run.is_finished and (run.manifest.steps == 8 or after == "2")
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])

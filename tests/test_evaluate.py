@@ -130,7 +130,7 @@ def test_outputs_for_other_prompts_and_a_model_of_other_tokens_are_refused(made,
         evaluate([made()], replace(QUICK, outputs=[("gpt", str(tmp_path / "other.json"))]))
     words.save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text("{}")
-    with pytest.raises(RunError, match="its tokenizer is not the runs'.*--outputs other=FILE"):
+    with pytest.raises(RunError, match=r"its tokenizer is not the runs'.*--outputs other=FILE"):
         evaluate([made()], replace(QUICK, models=[("other", str(tmp_path / "other"))]))
     with pytest.raises(RecipeError, match="two models are called sft"):
         evaluate([made()], replace(QUICK, outputs=[("sft", str(tmp_path / "other.json"))]))

@@ -16,6 +16,7 @@ import pytest
 from alignlab import hub, machine
 from alignlab.cli import CALLS, main
 from alignlab.errors import DataError, MachineError, ModelError
+from alignlab.launch import read_config, waits_for
 from alignlab.recipe import consumed, load_recipe, write_yaml
 from alignlab.run import opened
 
@@ -140,6 +141,14 @@ def test_a_run_of_other_settings_and_one_in_use_are_refused(say, made):
         assert code == 2 and said.splitlines()[-1].startswith("runs/mine/sft is in use by another process; wait for it")
     code, said, _ = say("sft", "mine.yaml", "sft.learning_rate=1e-4", "--run", "sft")
     assert code == 2 and "sft.learning_rate was None, is 0.0001" in said and "--run" in said and "--force" in said
+
+
+def test_a_host_says_for_whom_it_waits_and_how_long():
+    """Mistake 35."""
+    config = read_config(CONFIGS / "hosts.yaml")
+    assert waits_for(config).startswith("host 0 of 0 to 1: waits at 127.0.0.1:29500 for host 1, up to 10 minutes")
+    others = waits_for({**config, "machine_rank": 1})
+    assert others == "host 1 of 0 to 1: waits up to 15 minutes for host 0 at 127.0.0.1:29500"
 
 
 def test_a_judge_that_cannot_be_had_is_one_line(say, monkeypatch):
