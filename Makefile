@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report compare export cache reproduce torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report compare export cache reproduce canary torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -79,6 +79,9 @@ cache: install   ## what is stored; ARGS=--clear removes it
 
 reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
+
+canary: install  ## the newest TRL and its like in .venv-canary, under the tests of the seams: what would break
+	$(BIN)/python tests/canary
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on
 	$(BIN)/python tests/torture kills

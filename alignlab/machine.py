@@ -74,9 +74,11 @@ def describe_machine() -> str:
     import torch
 
     if torch.cuda.is_available():
-        free, whole = torch.cuda.mem_get_info()
+        free, whole = torch.cuda.mem_get_info(_own_gpu())
         several = f", one of {torch.cuda.device_count()}" if torch.cuda.device_count() > 1 else ""
-        return f"runs on {torch.cuda.get_device_name()}{several}: {free / GIB:.1f} of {whole / GIB:.1f} GiB free"
+        return (
+            f"runs on {torch.cuda.get_device_name(_own_gpu())}{several}: {free / GIB:.1f} of {whole / GIB:.1f} GiB free"
+        )
     why = "no GPU found"
     if torch.backends.mps.is_available():
         why = "Apple's GPU is not used"
@@ -84,6 +86,11 @@ def describe_machine() -> str:
         why = "the GPU is not used, since this torch is built without CUDA"
     memory = f"{free_memory() / GIB:.1f} of {psutil.virtual_memory().total / GIB:.1f} GiB of memory free"
     return f"{why}: training on the CPU, {os.cpu_count()} cores, {memory}"
+
+
+def _own_gpu() -> int:
+    """That of this process: asking after another's would take memory on it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def free_memory() -> float:
@@ -108,7 +115,9 @@ def what_does_not_fit(recipe: Recipe, stage: str) -> str | None:
 
     cuda = torch.cuda.is_available()
     processes = 1 if cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    room = (torch.cuda.mem_get_info()[0] if cuda else free_memory()) / GIB / processes - (not cuda) * LIBRARIES
+    room = (torch.cuda.mem_get_info(_own_gpu())[0] if cuda else free_memory()) / GIB / processes - (
+        not cuda
+    ) * LIBRARIES
     if is_sharded():  # each process then holds a part of what is planned
         return None
     try:
