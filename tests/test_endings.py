@@ -137,6 +137,15 @@ def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, e
         assert ended.scores() == whole.scores()
 
 
+@pytest.mark.parametrize(("before", "after"), [("null", "2"), ("2", "null"), ("1", "5")])
+def test_a_run_goes_on_with_another_patience(before, after, start):
+    """A learning rate at which nothing gets better: patience 1 would end the run at step 4."""
+    settings, name = ["sft.max_steps=8", "sft.learning_rate=1.0"], f"patience-{before}-{after}"
+    start("sft", [*settings, f"monitor.patience={before}"], name, signalled=(signal.SIGTERM, 2))
+    run = start("sft", [*settings, f"monitor.patience={after}"], name)
+    assert run.is_finished and (run.manifest.steps == 8 or after == "2")
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "orpo"])
 def test_stopped_between_two_log_lines_a_run_goes_on_with_the_rows_of_one_that_was_not(stage, start):
     """Logged at steps 2 and 4, stopped behind step 3: the row of step 4 is a mean over both its steps all the same."""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from alignlab.cli import commands as cli
 from alignlab.data import toy
 from alignlab.data.format import Format
 from alignlab.disk import read_lines, seal
-from alignlab.errors import AlignlabError, RunError
+from alignlab.errors import AlignlabError, DataError, RecipeError, RunError
 from alignlab.evaluation import answers
 from alignlab.evaluation.candidates import LoadedModels, choose_models
 from alignlab.evaluation.evaluator import Options, evaluate
@@ -94,6 +95,47 @@ def test_every_figure_has_an_interval_and_n(found):
     figures = [e for row in found["table"] for its in (row["values"], row["change"]) for e in its.values() if e]
     figures += [entry["win_rate"] for entry in found["win_rates"]] + [each["elo"] for each in found["ratings"]]
     assert len(figures) > 60 and all(e["low"] <= e["mean"] <= e["high"] and e["n"] > 1 for e in figures)
+
+
+def test_models_and_outputs_that_are_no_runs_stand_beside_the_run(made, folders, tmp_path):
+    """The base model by another name has the base's perplexity; outputs are judged on the prompts they are for."""
+    asked = [
+        {"instruction": f"How do I bake bread number {n}?", "output": f"Mix flour and water {n}."} for n in range(4)
+    ]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    options = replace(
+        QUICK,
+        prompts=[tmp_path / "asked.json"],
+        models=[("twin", str(folders["llama"]))],
+        outputs=[("gpt", str(tmp_path / "asked.json"))],
+        judge=f"votes:{tmp_path / 'votes.jsonl'}",
+    )
+    vote = {"prompt": "How do I bake bread number 2?", "models": ["gpt", "dpo"], "winner": "gpt"}
+    said = evaluate([made()], replace(options, judge=None)).with_suffix(".replies.jsonl")
+    transcript = next(row["prompt"] for row in read_lines(said) if "bread number 2" in row["prompt"])
+    (tmp_path / "votes.jsonl").write_text(json.dumps({**vote, "prompt": transcript}))
+    found = json.loads((file := evaluate([made()], options)).read_text())
+    assert [each["name"] for each in found["models"]] == ["gpt", "twin", "base", "sft", "dpo"]
+    perplexity = rows_of(found)["perplexity of chosen"]["values"]
+    assert perplexity["twin"]["mean"] == perplexity["base"]["mean"] and "gpt" not in perplexity
+    [won] = [each for each in found["win_rates"] if {"gpt", "dpo"} == {each["a"], each["b"]}]
+    assert (won["prompts"], won["n"], won["win_rate"]["mean"]) == ("asked", 1, 0.0 if won["a"] == "dpo" else 1.0)
+    assert {row["model"] for row in beside(file, "replies") if row["prompts"] == "asked"} > {"gpt", "twin", "dpo"}
+    assert "twin is no run: what is held out here may have trained it" in found["warnings"]
+
+
+def test_outputs_for_other_prompts_and_a_model_of_other_tokens_are_refused(made, tmp_path, words):
+    (tmp_path / "other.json").write_text(json.dumps([{"instruction": "What else?", "output": "Nothing."}]))
+    with pytest.raises(
+        DataError, match=r"no output for \d+ of \d+ prompts of held-out.*; give the file of its prompts"
+    ):
+        evaluate([made()], replace(QUICK, outputs=[("gpt", str(tmp_path / "other.json"))]))
+    words.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"its tokenizer is not the runs'.*--outputs other=FILE"):
+        evaluate([made()], replace(QUICK, models=[("other", str(tmp_path / "other"))]))
+    with pytest.raises(RecipeError, match="two models are called sft"):
+        evaluate([made()], replace(QUICK, outputs=[("sft", str(tmp_path / "other.json"))]))
 
 
 def test_figures_are_those_that_training_ended_with(found, made):

@@ -20,6 +20,7 @@ from alignlab.errors import AlignlabError, RecipeError
 from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless, harmless_json, one_line
 from alignlab.train.launch import Killed, leave
+from alignlab.train.machine import explain_import, refuse_other_versions
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -40,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_transformers_unheard()
     try:
         os.getcwd()  # where that is gone, torch's libraries would end the process
-        return CALLS[args.command](args) or 0
+        refuse_other_versions()
+        code = CALLS[args.command](args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read this has read enough, as `head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a process that SIGPIPE has ended
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
     except Killed as e:
@@ -49,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
         return _fail("\n".join(faults), args)
     except Exception as e:
-        if (fault := explain(e)) is None:
+        missing = explain_import(e) if isinstance(e, ImportError) else None
+        if (fault := missing or explain(e)) is None:
             raise
         return _fail(fault, args)
     finally:
@@ -140,6 +149,9 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.runs.selection import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
+    from alignlab.evaluation.judge import read_judge
+
+    read_judge(args.judge)
     from alignlab.text.tables import check_table, write_table
 
     check_table(args.table)
@@ -151,8 +163,9 @@ def _eval(args: argparse.Namespace) -> None:
 
     paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
-    same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
+    same = ("judge", "url", "max_requests", "judge_tokens", "classifier", "lm_eval", "greedy", "max_new_tokens")
+    more = ("replies", "limit", "batch_size", "seed", "prompt_column", "models", "outputs")
+    given = {name: getattr(args, name) for name in (*same, *more)}
     targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
     options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
     file = evaluate(runs, options)
@@ -197,7 +210,7 @@ def _export(args: argparse.Namespace) -> None:
     is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
     run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
     options = ExportOptions(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
-    made = export(run, Path(args.to), options)
+    made = export(run, Path(args.to or Path("exports", run.path.absolute().parent.name, run.path.name)), options)
     _print(summarize(made))
     if args.push:
         from alignlab.exports.hub import push
@@ -231,6 +244,9 @@ def _train(args: argparse.Namespace) -> int | None:
         check_name(args.run)
     if args.launch:
         return _launch(args, recipe)
+    from alignlab.train.machine import check_machine
+
+    check_machine(recipe, args.command, name=args.run, force=args.force)
     from alignlab.reports.summary import summarize
     from alignlab.train import stages
 
@@ -258,6 +274,10 @@ def _sweep(args: argparse.Namespace) -> int | None:
     if args.collect:
         table = collect(members)
     else:
+        from alignlab.train.machine import check_machine
+
+        for member in members.asked:
+            check_machine(member.recipe, "dpo", force=args.force)
         from alignlab.sweeps.runner import run_members, share
 
         if args.shared:

@@ -3,32 +3,74 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from alignlab import __version__
+from alignlab.recipe.fields import suggest
 from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless
 
 
 class _Parser(argparse.ArgumentParser):
+    commands: Mapping[str, argparse.ArgumentParser]
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status, message and harmless(message))
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as any other fault has."""
+        if message.startswith(MISSING) and "RECIPE" in message:
+            message = f"which recipe? name one, as in `{self.prog} tiny`; `alignlab list` has them"
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+MISSING = "the following arguments are required"  # argparse's words
+TRAINING = "; the commands that train are sft, dpo, kto and orpo"
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; overrides may stand after options too, where argparse by itself refuses them."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        parser.print_help()
+        parser.exit()
+    if not words[0].startswith("-") and words[0] not in parser.commands:
+        listed = ", ".join(parser.commands)
+        near = TRAINING if words[0] in ("train", "trian") else suggest(words[0], parser.commands)
+        parser.error(f"there is no command {words[0]!r}{near or f'; there are {listed}'}")
+    args, rest = parser.parse_known_args(words)
+    command = parser.commands[args.command]
     strangers = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if strangers:
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+        command.error(_stranger(strangers[0], args, command))
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _stranger(word: str, args: argparse.Namespace, command: argparse.ArgumentParser) -> str:
+    """What is said to a word that the command does not take: an option's name or, of a recipe, a setting."""
+    name, is_option = word.partition("=")[0], word.startswith("-")
+    if not is_option and args.command == "sweep" and args.betas:
+        return f"{word} stands alone; the betas are one list: --betas {args.betas},{word}"
+    if not is_option:
+        return f"{word} is one word too many"
+    options = [option for action in command._actions for option in action.option_strings]
+    if near := get_close_matches(name, options, 1):
+        return f"{name} is no option of this command; did you mean {near[0]!r}?"
+    remedy = ""
+    if hasattr(args, "overrides"):
+        from alignlab.recipe.load import remedy_for
+
+        remedy = remedy_for(name.strip("-").replace("-", "_")) or "; settings are written section.key=value"
+    return f"{name} is no option of this command{remedy}"
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="alignlab",
         description="Aligns a language model to preferences: a recipe describes the run, TRL trains it.",
@@ -36,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"alignlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    parser.commands = commands.choices
     _command(commands, "list", "the recipes, one line each", [], recipe=False)
     examples = ["mistral dpo.beta=0.3", "tiny --json"]
     show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
@@ -86,7 +129,9 @@ def _train(commands) -> None:
         examples.append("mistral --launch accelerate_configs/ddp.yaml --processes 8")
         command = _command(commands, stage, of.about, examples)
         command.add_argument("--run", metavar="NAME", help="the run's name under runs/RECIPE/")
-        command.add_argument("--force", action="store_true", help="train again; the older run is kept aside")
+        command.add_argument(
+            "--force", action="store_true", help="train again, the older run is kept aside; and where it cannot fit"
+        )
         command.add_argument("--launch", metavar="FILE", help="in several processes: a file of accelerate_configs/")
         command.add_argument("--processes", type=int, metavar="N", help="of all hosts together, instead of the file's")
 
@@ -114,6 +159,7 @@ def _sweep(commands) -> None:
         help="other settings to combine with the betas; a key without a section is one of dpo",
     )
     _table_option(sweep)
+    sweep.add_argument("--force", action="store_true", help="go on where the memory plan says that it cannot fit")
     instead = sweep.add_mutually_exclusive_group()
     instead.add_argument("--print", action="store_true", help="a command a line: what all share, then each member")
     instead.add_argument("--shared", action="store_true", help="only what all share: SFT, data, reference")
@@ -132,6 +178,7 @@ def _eval(commands) -> None:
             "mistral --best --limit 32",
             "mistral --runs dpo dpo-beta0.3 dpo-beta0.05",
             "tiny --runs sft dpo kto orpo",
+            "mistral --models zephyr=models/zephyr --outputs gpt4=gpt4.json --prompts alpaca_eval.json",
         ],
         recipe=False,
     )
@@ -141,6 +188,10 @@ def _eval(commands) -> None:
     which.add_argument("--run", metavar="NAME", help="this run under runs/RECIPE/, its base and what it started from")
     which.add_argument("--best", action="store_true", help="the run that the sweep chose")
     which.add_argument("--runs", metavar="RUN", nargs="+", default=[], help="these runs side by side")
+    about = "a model that is no run, with the runs' tokenizer"
+    which.add_argument("--models", type=_named, metavar="NAME=FOLDER", nargs="+", default=[], help=about)
+    about = "replies of any other model, as AlpacaEval writes them: instruction and output"
+    which.add_argument("--outputs", type=_named, metavar="NAME=FILE", nargs="+", default=[], help=about)
     _table_option(command)
     on = command.add_argument_group("on what")
     on.add_argument(
@@ -159,6 +210,8 @@ def _eval(commands) -> None:
     how.add_argument("--judge", metavar="JUDGE", help="rule (the toy's), reward:NAME, votes:FILE, llm:MODEL or none")
     how.add_argument("--url", metavar="URL", help="of an llm judge: an OpenAI-compatible endpoint, up to its /v1")
     how.add_argument("--max-requests", type=_count, metavar="N", help="to an llm judge, in this call")
+    about = "of an llm judge's answer, its thoughts among them; default 1024"
+    how.add_argument("--judge-tokens", type=_count, default=1024, metavar="N", help=about)
     how.add_argument("--classifier", metavar="NAME", help="a text-classification model that finds harmful replies")
     how.add_argument("--harmful-label", metavar="LABEL", nargs="+", default=[], help="its labels that mean harm")
     how.add_argument("--greedy", action="store_true", help="greedy replies; default: sampled at temperature 1")
@@ -221,7 +274,7 @@ def _export(commands) -> None:
     command.add_argument(
         "recipe", metavar="RECIPE", help="a recipe's name, whose runs are under runs/, or a run's directory"
     )
-    command.add_argument("--to", metavar="FOLDER", required=True, help="a folder that is new or empty")
+    command.add_argument("--to", metavar="FOLDER", help="a folder that is new or empty; default exports/RECIPE/RUN")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", help="the run under runs/RECIPE/; default dpo")
     which.add_argument("--best", action="store_true", help="the run that the recipe's sweep chose")
@@ -285,6 +338,13 @@ def _gib(text: str) -> float:
     if not 0 < gib < 10_000:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory; write GiB, such as 16")
     return gib
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not (name and equals and place):
+        raise argparse.ArgumentTypeError(f"{text} has no name; write NAME=PLACE, such as zephyr=models/zephyr")
+    return name, place
 
 
 def _count(text: str) -> int:

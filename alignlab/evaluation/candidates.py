@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignlab.disk import digest
-from alignlab.errors import RunError
+from alignlab.errors import ModelError, RunError
 from alignlab.models import load as models
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.recipe.objectives import STAGES
@@ -64,14 +64,35 @@ class ModelSet:
         return [candidate.name for candidate in self.candidates]
 
 
-def choose_models(runs: Sequence[Run]) -> ModelSet:
-    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first."""
+def choose_models(runs: Sequence[Run], others: Mapping[str, str] | None = None) -> ModelSet:
+    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first.
+
+    `others` are models that are no runs: a name → a folder. They stand in front.
+    """
     hashes: dict[str, Any] = {}
     if len(runs) > 1:
         found = [_of_run(run, name, hashes) for run, name in zip(runs, names_of(runs), strict=True)]
-        return ModelSet(found, found[0])
-    found = _with_its_start(runs[0], hashes)
-    return ModelSet(found, found[-2])
+        against = found[0]
+    else:
+        found = _with_its_start(runs[0], hashes)
+        against = found[-2]
+    return ModelSet([*(_of_folder(*each, found[-1], hashes) for each in (others or {}).items()), *found], against)
+
+
+def _of_folder(name: str, folder: str, like: Candidate, hashes: dict[str, Any]) -> Candidate:
+    """A model that is no run, written to as the runs are; RunError where it has other tokens."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"--models {name}={folder}: no such folder; its replies may come with --outputs {name}=FILE")
+    section = replace(like.recipe.model, start=folder)
+    if not (Path(folder) / models.ADAPTER_FILE).is_file():
+        ours, theirs = models.load_tokenizer(like.recipe.model), models.load_tokenizer(section, folder)
+        if ours.get_vocab() != theirs.get_vocab():
+            raise RunError(
+                f"--models {name}={folder}: its tokenizer is not the runs', so that a perplexity means something else "
+                f"for each; give its replies instead, with --outputs {name}=FILE"
+            )
+    start = models.find_start(section, None)
+    return _candidate(name, replace(like.recipe, model=section), start.weights, start.adapter, like.run, hashes)
 
 
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:

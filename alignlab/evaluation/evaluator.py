@@ -20,7 +20,7 @@ from alignlab.data.format import Format
 from alignlab.data.prepare import good_replies, is_labelled
 from alignlab.data.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.disk import check_writable, digest
-from alignlab.errors import DataError, ModelError
+from alignlab.errors import DataError, ModelError, RecipeError
 from alignlab.evaluation import contests, preference, watch
 from alignlab.evaluation.answers import Answers, Decoding
 from alignlab.evaluation.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
@@ -36,6 +36,8 @@ from alignlab.evaluation.candidates import (
 from alignlab.evaluation.contests import Matches
 from alignlab.evaluation.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluation.harm import HarmClassifier
+from alignlab.evaluation.judge import KINDS, read_judge
+from alignlab.evaluation.outputs import find_replies
 from alignlab.evaluation.safety import safety_rows
 from alignlab.evaluation.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.measure.generate import Reply
@@ -49,6 +51,7 @@ from alignlab.runs.evaluation import (
     PERPLEXITY,
     Comparison,
     Evaluation,
+    ModelFacts,
     Rating,
     judge_targets,
     keep,
@@ -72,11 +75,14 @@ class Options:
     judge: str | None = None  # none: the toy's rule on the toy's dialogues, nobody on others
     url: str | None = None  # of an llm judge's endpoint
     max_requests: int | None = None
+    judge_tokens: int = 1024  # of an llm judge's answer, its thoughts among them
     prompts: Sequence[Path] = ()
     prompt_column: str | None = None  # of these files, where it is not found by its name
     bias: Path | None = None
     classifier: str | None = None
     harmful_labels: Sequence[str] = ()
+    models: Sequence[tuple[str, str]] = ()  # that are no runs: a name and a folder each
+    outputs: Sequence[tuple[str, str]] = ()  # of models that are not here: a name and a file each
     lm_eval: Sequence[str] = ()
     tasks_folder: Path | None = None
     greedy: bool = False
@@ -90,7 +96,7 @@ class Options:
     @property
     def asked(self) -> dict[str, str]:
         """What tells this evaluation from another of the same models: what is not as it is by default."""
-        unimportant = ("url", "max_requests", "targets")
+        unimportant = ("url", "max_requests", "judge_tokens", "targets")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unimportant}
         return {name: str(value) for name, value in given.items() if value != getattr(Options, name)}
 
@@ -99,7 +105,7 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    evaluator = Evaluator(choose_models(runs), options)
+    evaluator = Evaluator(choose_models(runs, dict(options.models)), options)
     began = time.monotonic()
     found = evaluator.measure()
     found = replace(found, seconds=round(time.monotonic() - began, 1))
@@ -107,7 +113,7 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
 
 
 def _check(options: Options) -> None:
-    contests.read_judge(options.judge)
+    read_judge(options.judge)
     check_benchmarks(options.lm_eval, options.tasks_folder)
     for file in (*options.prompts, *([options.bias] if options.bias else [])):
         if not file.is_file():
@@ -131,6 +137,8 @@ class Evaluator:
         self.candidates, self.ours, self.against = chosen.candidates, chosen.ours, chosen.against
         self.options, self.recipe = options, chosen.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
+        self.elsewhere = {name: Path(file) for name, file in options.outputs}
+        self.warnings += [f"{name} is no run: what is held out here may have trained it" for name in self._others()]
         self.tokenizer, pairs = prepare_data(self.recipe, self.ours.run.manifest.stage)
         self.form = Format(self.recipe.data.format, self.tokenizer)
         self.pairs, self.files = self._drawn(good_replies(pairs.test), options.limit), pairs.files
@@ -142,9 +150,18 @@ class Evaluator:
         self.reply_lines: list[dict[str, Any]] = []
         self.verdict_lines: list[dict[str, Any]] = []
 
+    def _others(self) -> list[str]:
+        """The names of what is no run; RecipeError where a name stands for two."""
+        others = [name for name, _ in (*self.options.models, *self.options.outputs)]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
+        if twice := [name for name in names if names.count(name) + others.count(name) > 2 or names.count(name) > 1]:
+            raise RecipeError(f"two models are called {twice[0]}; give --models and --outputs names of their own")
+        return others
+
     def measure(self) -> Evaluation:
         """Everything that `eval.json` holds, but for the seconds it took."""
         sets = [self.held_out, *self._files()]
+        self.outputs = find_replies(self.elsewhere, sets, self.tokenizer)
         self._announce(sets)
         preferences, length, slices, losses = self._preference()
         cost = self._perplexity()
@@ -157,7 +174,10 @@ class Evaluator:
         self._warn_of_a_quick_look()
         held_out = [each for each in judged.comparisons if each.prompts == HELD_OUT]
         found = Evaluation(
-            models=[model_facts(candidate) for candidate in self.candidates],
+            models=[
+                *(ModelFacts(name=name, path=str(file)) for name, file in self.elsewhere.items()),
+                *(model_facts(candidate) for candidate in self.candidates),
+            ],
             against=self.against.name,
             split="test",
             pairs=len(self.pairs),
@@ -191,7 +211,7 @@ class Evaluator:
         if self.options.limit:
             self.warnings.append(f"a quick look at {self.options.limit} pairs and prompts at most, by --limit")
         if self.judge is None:
-            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {contests.KINDS}")
+            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {KINDS}")
 
     # What is evaluated, on what
 
@@ -248,7 +268,7 @@ class Evaluator:
         said = self.options.judge
         if said is None and self.recipe.data.source == "toy":
             said = "rule"
-        return contests.read_judge(said)
+        return read_judge(said)
 
     def _announce(self, sets: Sequence[PromptSet]) -> None:
         how = "greedy" if self.decoding.greedy else "sampled at temperature 1"
@@ -313,9 +333,10 @@ class Evaluator:
 
     def _replies(self, prompts: PromptSet) -> dict[str, list[Reply]]:
         ids = [prompt.ids for prompt in prompts.prompts]
-        return {
+        drawn = {
             c.name: self.answers.replies(c, ids, self.decoding, f"replies, {prompts.name}") for c in self.candidates
         }
+        return self.outputs[prompts.name] | drawn
 
     def _kl(self) -> list[Row]:
         """KL on samples at temperature 1, whatever the other figures' replies are."""
@@ -375,14 +396,19 @@ class Evaluator:
         return JudgedReplies([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
 
     def _matches(self, sets: Sequence[PromptSet], replies) -> dict[str, list[Matches]]:
-        names = [candidate.name for candidate in self.candidates]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
         texts = {each.name: [prompt.transcript for prompt in each.prompts] for each in sets}
         everything = [text for its in texts.values() for text in its]
-        seat = contests.seat_judge(self.judge, everything, names, self.options.url, self.options.max_requests)
+        limits = {"max_requests": self.options.max_requests, "max_answer_tokens": self.options.judge_tokens}
+        seat = contests.seat_judge(self.judge, everything, names, self.options.url, **limits)
+        two = contests.every_two(names, self.ours.name, self.against.name)
+        pairs = [(of, a, b) for a, b in two for of in texts if {a, b} <= replies[of].keys()]
+        if self.judge[0] == "llm":
+            asked = [contests.pair_replies(texts[of], replies[of], a, b) for of, a, b in pairs]
+            seat(*two[0]).announce([contest for its in asked for contest in its])
         matches: dict[str, list[Matches]] = {each.name: [] for each in sets}
-        for a, b in contests.every_two(names, self.ours.name, self.against.name):
-            for of, its in matches.items():
-                its.append(contests.hold_contest(seat, texts[of], replies[of], a, b))
+        for of, a, b in pairs:
+            matches[of].append(contests.hold_contest(seat, texts[of], replies[of], a, b))
         return matches
 
     def _warn_of_judging(self, matches: Mapping[str, Sequence[Matches]], found: Sequence[Comparison]) -> None:
@@ -401,7 +427,7 @@ class Evaluator:
         classifier = HarmClassifier(name, labels) if name else None
 
         def harm(name: str, texts: Sequence[str]) -> list[float]:
-            candidate = next(c for c in self.candidates if c.name == name)
+            candidate = next((c for c in self.candidates if c.name == name), self.ours)
             wanted = {digest(["harm", classifier.key, text]): text for text in texts}
             kept = self.answers.kept(candidate)
             kept.complete(wanted, classifier, at_once=64, about=f"{name}: harmful content")

@@ -73,6 +73,7 @@ def write_card(run: Run, recipe: Recipe, made: CardFacts) -> str:
         ends=" or ".join(f"`{token}`" for token in made.stops.tokens),
         stop_literals=", ".join(f"`{text!r}`" for text in made.stops.texts),
         rank=_rank(recipe),
+        whole_modules=(recipe.model.lora or {}).get("modules_to_save"),
         table=_table(facts),
         evaluation=facts.evaluation,
         targets=facts.targets,

@@ -148,7 +148,7 @@ def _write_adapter(trained: Trained, folder: Path) -> None:
     """The run's adapter as it is, and the name of its base as others know it."""
     assert trained.adapter is not None, "`_refuse_options` has asked"
     shutil.copy(trained.adapter / "adapter_model.safetensors", folder)
-    config = json.loads((trained.adapter / models.ADAPTER_FILE).read_text())
+    config = json.loads((trained.adapter / models.ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": trained.base, "revision": trained.revision}
     write_json(folder / models.ADAPTER_FILE, config)
 
@@ -167,7 +167,7 @@ def _also_for_transformers_4(file: Path) -> None:
 
     Without them it takes its own defaults in silence. transformers 5 reads either.
     """
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["torch_dtype"] = config.get("dtype")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
@@ -181,7 +181,9 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None, f
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in OF_LOADING}
+    config = {
+        key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in OF_LOADING
+    }
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 has for it, and 4 has not
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(file, config)

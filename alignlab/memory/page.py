@@ -78,7 +78,7 @@ def larger_batch(found: Plan, gpu: float) -> list[str]:
     batch, steps = len(found.job.rows), found.job.given["gradient_accumulation_steps"]
     if steps % 2:
         return []
-    twice = plan(found.job.recipe, found.job.stage, batch=2 * batch)
+    twice = plan(found.job.recipe, found.job.stage, cuda=found.job.cuda, batch=2 * batch)
     times = 1
     while steps % (2 * times) == 0 and found.needed + (2 * times - 1) * (twice.needed - found.needed) <= gpu * GIB:
         times *= 2
@@ -94,7 +94,7 @@ def change(found: Plan, gpu: float) -> list[str] | None:
             return None
         overrides |= remedy
         kept = [each for each in recipe.overrides if each.partition("=")[0] not in overrides]
-        found = plan(load_recipe(recipe.path, [*kept, *_written(overrides)]), found.job.stage)
+        found = plan(load_recipe(recipe.path, [*kept, *_written(overrides)]), found.job.stage, cuda=found.job.cuda)
     return _written(overrides)
 
 

@@ -58,10 +58,10 @@ class Setting:
         return "; write it in quotes" if "str" in self.types and not isinstance(value, (list, dict)) else ""
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], likeness: float = 0.5) -> str:
     """`; did you mean 'beta'?` for `bta`, or nothing where no known word is near."""
     begun = [name for name in known if len(word) > 2 and name.startswith(word)]
-    near = begun or get_close_matches(word, list(known), 1, cutoff=0.5)
+    near = begun or get_close_matches(word, list(known), 1, cutoff=likeness)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

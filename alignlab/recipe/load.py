@@ -158,6 +158,8 @@ _TEMPLATE = ("model", "chat_template")
 _PATHS = (("data", "path"), ("data", "sft", "path"))
 _ABSENT = object()
 LONGEST_NAME = 100  # characters of a run's
+LONGEST_OWN = 40  # of a run's on data of the command line
+_OWN_DATA = "data.path"
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -312,6 +314,12 @@ def _refusal(key: Key) -> tuple[str, str] | None:
     return "is not a setting", remedy
 
 
+def remedy_for(word: str) -> str:
+    """What to write instead of an option of this name that no command has; nothing where no setting is near."""
+    refusal = _refusal((word,))
+    return refusal[1] if refusal else ""
+
+
 def _read(key: Key, item: Written) -> Any:
     if key == _LORA:
         return item.value
@@ -386,18 +394,29 @@ def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
 def run_name(recipe: Recipe, stage: str) -> str:
     """The stage and the overrides that it consumes: `dpo`, `dpo-beta0.3`, `sft-max_pairs100`.
 
-    An override that repeats the recipe's own value changes nothing and names nothing. Where the readable name
+    Data of the command line is named by its file's stem: two of one stem are one name, whose second run is refused. An
+    override that repeats the recipe's own value changes nothing and names nothing. Where the readable name
     could stand for other overrides as well (a path, a long list), a digest of them follows it.
     """
     inputs = consumed(recipe, stage)
     chosen = {key: _at(inputs, key) for key in (o.partition("=")[0] for o in recipe.overrides)}
     chosen = {key: value for key, value in chosen.items() if value is not _ABSENT}
+    path = chosen.pop(_OWN_DATA, None)
     parts = [_part(_short(key, stage), value, _takes_text(key)) for key, value in chosen.items()]
-    name = "-".join([stage, *(text for text, _ in parts)])
-    if all(exact for _, exact in parts) and len(name) <= LONGEST_NAME:
+    stem = [(_stem(path), True)] if path else []
+    name = "-".join([stage, *(text for text, _ in [*stem, *parts])])
+    longest = LONGEST_OWN if path else LONGEST_NAME
+    if all(exact for _, exact in parts) and len(name) <= longest:
         return name
-    digest = sha256(json.dumps(chosen).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+    digest = sha256(json.dumps([path, chosen] if path else chosen).encode()).hexdigest()[:8]
+    return f"{name[: longest - 9]}-{digest}"
+
+
+def _stem(path: str | list[str]) -> str:
+    """`good_pairs` of `data/good pairs.jsonl.gz`; of several paths that of the first, and how many more."""
+    first, *more = [path] if isinstance(path, str) else path
+    stem = re.sub(r"\.[a-z]+(\.gz)?$", "", Path(first).name.lower())
+    return re.sub("[^A-Za-z0-9_.]+", "_", stem).strip("_.") + f"_{len(more)}_more" * bool(more) or "data"
 
 
 def _at(inputs: Mapping[str, Any], key: str) -> Any:

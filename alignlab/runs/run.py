@@ -458,8 +458,12 @@ def _there(path: Path, recipe: str | None = None) -> Run:
         raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
     if beside := [other.path.name for other in runs_in(path.parent)]:
         raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
-    if recipe is None or path.is_dir():
-        raise RunError(f"there is no run at {path}")
+    if (
+        recipe is None
+        or path.is_dir()
+        or (len(Path(recipe).parts) > 1 and Path(recipe).suffix not in (".yaml", ".yml"))
+    ):
+        raise RunError(f"there is no run at {path}; `alignlab dpo RECIPE` makes one in runs/RECIPE")
     find_recipe(recipe)  # says which recipes there are
     raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
 
@@ -653,7 +657,7 @@ def best_of(checkpoint: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What the trainer knew when it wrote the checkpoint: `log_history`, `best_global_step` and more."""
-    return json.loads((checkpoint / "trainer_state.json").read_text())
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def step_of(checkpoint: Path) -> int:

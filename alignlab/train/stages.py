@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from alignlab.data.format import FIXED_DAY, Format, Stops
@@ -408,15 +408,15 @@ def _add_callbacks(trainer, recipe: Recipe, run: Run) -> callbacks.StopOnInterru
         trainer.remove_callback(callback)
     stage, interrupt = run.manifest.stage, callbacks.StopOnInterrupt()
     trainer.carried_over = callbacks.CarriedOver(trainer)
-    own = [callbacks.Progress(), callbacks.EvaluateAtEnd(), interrupt, callbacks.WeightsMove()]
-    own += [callbacks.MetricsFile(run), trainer.carried_over, callbacks.WholeCheckpoints(run)]
+    own = [callbacks.Progress(), callbacks.TimeLeft(), callbacks.EvaluateAtEnd(), interrupt]
+    own += [callbacks.WeightsMove(), callbacks.MetricsFile(run), trainer.carried_over, callbacks.WholeCheckpoints(run)]
     if stage != "sft":
         limits = recipe.monitor if STAGES[stage].from_sft else dataclasses.replace(recipe.monitor, max_kl=None)
         run.note(limits={"max_kl": limits.max_kl, "max_accuracy": limits.max_accuracy, "action": limits.action})
         trainer.guard = callbacks.Guard(run, limits, stage, trainer.is_anchored)
         own.append(trainer.guard)
     if recipe.monitor.patience:
-        own.append(EarlyStoppingCallback(recipe.monitor.patience))
+        own.append(callbacks.early_stopping(recipe.monitor.patience))
     for callback in own:
         trainer.add_callback(callback)
     return interrupt
