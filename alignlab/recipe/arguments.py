@@ -30,7 +30,10 @@ def trl_arguments(recipe: Recipe, stage: str, here: TrainingContext) -> dict[str
     """Keyword arguments of the stage's config of TRL; the second part is `rules.OWNED`, which a recipe cannot set."""
     section = getattr(recipe, stage)
     eval_steps = section.get("eval_steps") or _eval_steps(recipe, stage, here)
-    prepared = {"sft": {"dataset_kwargs": {"skip_prepare_dataset": True}}, "orpo": {"remove_unused_columns": False}}
+    prepared: dict[str, dict[str, Any]] = {
+        "sft": {"dataset_kwargs": {"skip_prepare_dataset": True}},
+        "orpo": {"remove_unused_columns": False},
+    }
     return {
         "max_length": recipe.data.max_prompt_tokens + recipe.data.max_reply_tokens,
         "gradient_checkpointing": not here.on_cpu,
