@@ -247,7 +247,7 @@ def test_votes_on_three_models_name_the_two_that_were_compared(tmp_path):
         ({"prompt": "Wat?", "winner": "dpo"}, MODELS, "votes.jsonl:2: prompt 'Wat?' is not one of the 3 judged"),
         ({"prompt": 3, "winner": "dpo"}, MODELS, "its number from 0 to 2"),
         ({"prompt": -1, "winner": "dpo"}, MODELS, "prompt '-1' is not"),
-        ({"winner": "dpo"}, MODELS, "a vote has a prompt and a winner"),
+        ({"winner": "dpo"}, MODELS, "prompt 'None' is not"),
         ({"prompt": 0, "winner": "gpt"}, MODELS, "votes.jsonl:2: winner is 'gpt', and not one of dpo, sft or tie"),
         ({"prompt": 0}, MODELS, "a vote has a prompt and a winner"),
         ({"prompt": 0, "winner": "dpo"}, [*MODELS, "base"], "which two of dpo, sft, base were compared?"),
