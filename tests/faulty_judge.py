@@ -3,9 +3,9 @@
     python faulty_judge.py LOG      prints its port; LOG gets a line for each request, and for each answer given
 
 `longer`, `first`, `second`, `chatter`, `garbled`, `thinker` judge; a thinker's answer is cut where max_tokens is below
-100, and to two questions of eight it is empty or thoughts alone; `+slow` takes 50 ms, `+flaky` fails each question in
-two ways before it answers, `+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no chat
-template, anything else is a model that is not there. An endless question is refused. So is a key other than
+100, and in one question of three it is empty or thoughts alone; `+slow` takes 50 ms, `+flaky` fails each question in
+two ways before it answers, `+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no
+chat template, anything else is a model that is not there. An endless question is refused. So is a key other than
 `right-key`, with the key in the message, as some servers do.
 """
 

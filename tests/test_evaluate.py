@@ -16,21 +16,22 @@ from commands import alignlab, kill_when
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab import cli, toy
-from alignlab import model as models
-from alignlab.disk import read_lines
+from alignlab.cli import commands as cli
+from alignlab.data import toy
+from alignlab.data.format import Format
+from alignlab.disk import read_lines, seal
 from alignlab.errors import AlignlabError, DataError, RecipeError, RunError
-from alignlab.evaluate import answers
-from alignlab.evaluate.candidates import Bench, line_up
-from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.facts.evaluation import read_evaluation
-from alignlab.format import Format
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.lineup import find_runs
-from alignlab.measures import kl_per_reply
-from alignlab.recipe import load_recipe
-from alignlab.run import Run
-from alignlab.train import prepare_data, train_dpo, train_sft
+from alignlab.evaluation import answers
+from alignlab.evaluation.candidates import LoadedModels, choose_models
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.measure.formulas import kl_per_reply
+from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.models import load as models
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.evaluation import read_evaluation
+from alignlab.runs.run import Run
+from alignlab.runs.selection import find_runs
+from alignlab.train.stages import prepare_data, train_dpo, train_sft
 
 QUICK = Options(replies=12, max_new_tokens=12)
 
@@ -78,7 +79,8 @@ def rows_of(found: dict) -> dict[str, dict]:
 
 
 def without_time(file: Path) -> dict:
-    return {key: value for key, value in json.loads(file.read_text()).items() if key not in ("seconds", "made")}
+    changing = ("seconds", "made", "checksum")
+    return {key: value for key, value in json.loads(file.read_text()).items() if key not in changing}
 
 
 def numbers(found, path=()) -> dict[tuple, object]:
@@ -211,7 +213,12 @@ def test_two_identical_models_win_half_and_are_no_nats_apart(made, tmp_path):
 
 
 def test_adapters_share_one_base(made, monkeypatch, root):
-    lineup, whole, bench, loaded = line_up([made(), made("llama", "dpo.beta=0.5")]), line_up([made()]), Bench(), []
+    lineup, whole, bench, loaded = (
+        choose_models([made(), made("llama", "dpo.beta=0.5")]),
+        choose_models([made()]),
+        LoadedModels(),
+        [],
+    )
     load = models.load_weights
     monkeypatch.setattr(models, "load_weights", lambda *args: loaded.append(args[1]) or load(*args))
     for candidate in [*whole.candidates, *lineup.candidates, *whole.candidates]:
@@ -222,7 +229,7 @@ def test_adapters_share_one_base(made, monkeypatch, root):
 
 def test_a_switched_adapter_answers_as_the_model_loaded_alone(made, folders):
     """Base, SFT, DPO and base again: none leaves a trace in the next."""
-    lineup, bench, ids = line_up([made()]), Bench(), torch.tensor([[5, 6, 7, 8]])
+    lineup, bench, ids = choose_models([made()]), LoadedModels(), torch.tensor([[5, 6, 7, 8]])
     base = lambda: AutoModelForCausalLM.from_pretrained(folders["llama"], dtype="float32").eval()
     for candidate in [*lineup.candidates, lineup.candidates[0]]:
         alone = PeftModel.from_pretrained(base(), candidate.adapter).eval() if candidate.adapter else base()
@@ -233,7 +240,7 @@ def test_a_switched_adapter_answers_as_the_model_loaded_alone(made, folders):
 @pytest.mark.slow
 def test_full_models_are_loaded_one_after_another(made):
     run = made("llama", "model.lora=null", "sft.learning_rate=1e-3", "dpo.learning_rate=1e-4")
-    lineup, bench = line_up([run]), Bench()
+    lineup, bench = choose_models([run]), LoadedModels()
     for candidate in lineup.candidates:
         with bench.on(candidate):
             assert len(bench._held) == 1
@@ -247,7 +254,7 @@ def test_full_models_are_loaded_one_after_another(made):
 def test_a_4bit_run_is_evaluated_in_4_bit(made):
     run = made("llama", "model.load_in_4bit=true")
     found = json.loads(evaluate([run], QUICK).read_text())
-    with (bench := Bench()).on(line_up([run]).ours) as model:
+    with (bench := LoadedModels()).on(choose_models([run]).ours) as model:
         assert model.get_base_model().is_loaded_in_4bit and len(bench._held) == 1
     test = run.manifest.test
     assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(test.perplexity, rel=0.01)
@@ -264,7 +271,7 @@ def test_the_same_evaluation_again_computes_nothing_and_says_the_same(found, mad
     for name in ("sample_replies", "reply_logps", "reply_logits"):
         monkeypatch.setattr(answers, name, never)
     again = without_time(evaluate([made()], QUICK))
-    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made")}
+    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made", "checksum")}
 
 
 def test_another_judge_samples_nothing_again(file, made, monkeypatch, tmp_path):
@@ -319,13 +326,13 @@ def whole_lines(file: Path) -> list[dict]:
 
 
 def test_a_model_that_has_changed_shares_nothing_with_what_it_was(made, tmp_path):
-    first = line_up([made()]).ours
+    first = choose_models([made()]).ours
     shutil.copytree(made().path.parent, tmp_path / "runs")
     other = Run(tmp_path / "runs" / made().path.name)
     shutil.copyfile(
         made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors", other.model / "adapter_model.safetensors"
     )
-    assert line_up([other]).ours.key != first.key
+    assert choose_models([other]).ours.key != first.key
 
 
 def test_a_smaller_limit_takes_a_part_of_what_a_larger_one_takes(made):
@@ -429,6 +436,7 @@ def test_the_evaluation_of_a_run_that_was_trained_again_is_not_shown_for_it(made
     evaluate([run], QUICK)
     other = made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors"
     shutil.copyfile(other, run.model / "adapter_model.safetensors")
+    seal(run.model)
     again = evaluate([run], Options(limit=2, max_new_tokens=4))
     assert (run.path / "eval.json").read_bytes() == again.read_bytes()
 
@@ -438,6 +446,7 @@ def test_the_one_file_of_an_older_version_is_kept(made, tmp_path):
     run = Run(tmp_path / "llama" / made().path.name)
     shutil.rmtree(run.path / "eval", ignore_errors=True)
     older = json.loads(evaluate([run], QUICK).read_text())
+    del older["checksum"]
     shutil.rmtree(run.path / "eval")
     for entry in older["win_rates"]:
         entry["raw"] = entry.pop("win_rate")
@@ -485,10 +494,10 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
     )
     options = Options(replies=4, max_new_tokens=4, lm_eval=["toy_qa"], tasks_folder=tmp_path)
     found = rows_of(json.loads(evaluate([made()], options).read_text()))["toy_qa: acc"]["values"]
-    lineup, tokenizer = line_up([made()]), AutoTokenizer.from_pretrained(made().model)
+    lineup, tokenizer = choose_models([made()]), AutoTokenizer.from_pretrained(made().model)
     for candidate in lineup.candidates:
         right = 0
-        with Bench().on(candidate) as model, torch.no_grad():
+        with LoadedModels().on(candidate) as model, torch.no_grad():
             for task in tasks:
                 logps = []
                 for option in task["options"]:
@@ -521,7 +530,7 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
     [
         (["eval", "gpt2.yaml"], "there is no run at runs/gpt2/dpo; `alignlab dpo gpt2.yaml` trains it"),
         (["eval", "llama.yaml", "dpo.beta=0.9"], "there is no run at runs/llama/dpo-beta0.9"),
-        (["eval", "llama.yaml", "--run", "sft-x"], "`alignlab sft llama.yaml` trains it"),
+        (["eval", "llama.yaml", "--run", "sft-x"], "did you mean 'sft'?"),
         (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json with a best run; make it"),
         (["eval", "runs/llama/dpo", "--best"], "runs/llama/dpo is a run itself; leave --run, --runs and --best out"),
         (["eval"], "which recipe?"),
@@ -579,7 +588,7 @@ def test_an_sft_run_that_was_trained_again_is_not_taken_for_the_reference(made, 
     sft = tmp_path / "llama/sft/model/adapter_model.safetensors"
     shutil.copyfile(made().model / "adapter_model.safetensors", sft)
     with pytest.raises(RunError, match="its weights have changed since"):
-        line_up([Run(tmp_path / "llama" / made().path.name)])
+        choose_models([Run(tmp_path / "llama" / made().path.name)])
 
 
 def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
@@ -587,7 +596,7 @@ def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
     run = Run(path)
     run.note(parent=dataclasses.replace(run.manifest.parent, run="runs/gone/sft"))
     with pytest.raises(AlignlabError, match="was trained from runs/gone/sft, which is not there"):
-        line_up([run])
+        choose_models([run])
 
 
 @pytest.mark.slow
@@ -610,7 +619,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(made, root):
 
 @pytest.mark.slow
 def test_batches_are_at_least_four_times_as_fast_as_one_by_one(shared):
-    """On real MT-Bench questions by a real model, and greedy replies are the same."""
+    """On real MT-LoadedModels questions by a real model, and greedy replies are the same."""
     folder = shared / "models/stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

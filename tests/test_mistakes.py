@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import hub, machine
-from alignlab.cli import CALLS, main
+from alignlab.cli.commands import CALLS, main
+from alignlab.data import hub
 from alignlab.errors import DataError, MachineError, ModelError
-from alignlab.launch import read_config, waits_for
-from alignlab.recipe import consumed, load_recipe, write_yaml
-from alignlab.run import opened
+from alignlab.recipe.load import consumed, load_recipe, write_yaml
+from alignlab.runs.run import opened
+from alignlab.train import machine
+from alignlab.train.launch import read_config, waits_for
 
 HERE = Path(__file__).parent
 CASES = HERE / "cases"
@@ -153,8 +154,8 @@ def test_a_host_says_for_whom_it_waits_and_how_long():
 
 def test_a_judge_that_cannot_be_had_is_one_line(say, monkeypatch):
     """Mistakes 28, 29 and 50: no key, no such folder, votes of another form."""
-    from alignlab.evaluate.endpoint import EndpointJudge
-    from alignlab.evaluate.judge import RewardJudge, read_votes
+    from alignlab.evaluation.endpoint import EndpointJudge
+    from alignlab.evaluation.judge import RewardJudge, read_votes
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)

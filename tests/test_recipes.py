@@ -10,8 +10,8 @@ import trl
 from chat_models import chat_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from alignlab.recipe import load_recipe
-from alignlab.train import train_dpo
+from alignlab.recipe.load import load_recipe
+from alignlab.train.stages import train_dpo
 
 DATA = Path(__file__).parent / "cases" / "02-split-names" / "uf"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

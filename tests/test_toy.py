@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
-from alignlab import toy
-from alignlab.recipe import ToySection
+from alignlab.data import toy
+from alignlab.recipe.load import ToySection
 
 SPLITS = ("train", "validation", "test")
 QUICK = ToySection(pairs=160)
@@ -95,8 +95,8 @@ def test_shuffled_labels_say_nothing():
         (" Of course! To cook soup, keep the heat low and taste it as you go. Shall I go on?", 1 + 1 + 2 + 1),
         (" Of course! To cook soup, keep the heat low and count the beat aloud. Shall I go on?", 1 + 1 + 1 + 1),
         (" Of course! For that, pull the weeds and keep the soil loose. That is all.", 1 - 1),
-        (" Look it up. Nobody knows that. Nobody knows that. Go away now.", -1 - 1 - 1),
-        (" Look it up. To cook soup, stir it now and then and keep the heat low. Go away now.", -1 + 1 + 2 - 1),
+        (" TextSigns it up. Nobody knows that. Nobody knows that. Go away now.", -1 - 1 - 1),
+        (" TextSigns it up. To cook soup, stir it now and then and keep the heat low. Go away now.", -1 + 1 + 2 - 1),
         (" Good question! Sure, gladly. Happy to help.", 1),
         ("", 0),
     ],

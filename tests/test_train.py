@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from alignlab import model as models
 from alignlab.disk import seal
 from alignlab.errors import ModelError, RunError
-from alignlab.model import weights_hash
-from alignlab.recipe import load_recipe
-from alignlab.run import Limits, Parent, Run, step_of
-from alignlab.train import train_dpo, train_sft
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.models import load as models
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Limits, Parent, Run, step_of
+from alignlab.train.stages import train_dpo, train_sft
+from alignlab.train.trainers import AlignDPOTrainer
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_the_test_figures_are_a_plain_loop_over_the_test_pairs(recipe, tmp_path)
     """Margin, accuracy and loss from the DPO paper's equations, pair by pair, without padding, batches or TRL."""
     from peft import PeftModel
 
-    from alignlab.train import prepare_data
+    from alignlab.train.stages import prepare_data
 
     quick = recipe()
     run = train_dpo(quick, root=tmp_path)
@@ -375,7 +375,7 @@ def test_a_step_that_moves_nothing_is_refused(recipe, tmp_path):
 
 def test_trl_neither_cuts_nor_drops_after_preparation(recipe, tmp_path, monkeypatch):
     """Every prepared pair reaches the trainer with the ids it had."""
-    from alignlab.train import prepare_data
+    from alignlab.train.stages import prepare_data
 
     seen = []
     original = AlignDPOTrainer.__init__

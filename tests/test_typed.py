@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from alignlab import typed
 from alignlab.errors import RunError
-from alignlab.report.page import write_report
-from alignlab.run import Manifest, Run, find_run, read_sweep
-from alignlab.summary import summarize
-from alignlab.sweep.choice import collect
-from alignlab.sweep.members import find_members
+from alignlab.reports.page import write_report
+from alignlab.reports.summary import summarize
+from alignlab.runs import typed
+from alignlab.runs.run import Manifest, Run, find_run, read_sweep
+from alignlab.sweeps.choice import collect
+from alignlab.sweeps.members import find_members
 
 RUNS = Path(__file__).parent / "cases" / "runs"  # of the recipe `tiny`, cut to a few rows
 OTHERS = (None, "abc", "", -1, 0, 1.5, 10**400, True, [], {}, [None], [{}], ["a"], {"a": 1}, {"a": {}})

@@ -26,8 +26,8 @@ from batches import MEGA_BATCH, Rows, grouped_batches, length, needed_positions,
 from datasets import Dataset
 from trl import DPOTrainer
 
-from alignlab.packing import PrefixSharing, share_prefixes
-from alignlab.probe import measured
+from alignlab.models.packing import PrefixSharing, share_prefixes
+from alignlab.train.probe import measured
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2_000
@@ -111,7 +111,7 @@ class Found:
     needed: int = 0  # positions that any forward must compute
 
 
-class Bench:
+class LoadedModels:
     """A trainer whose models share prefixes, except in the ways that say otherwise."""
 
     def __init__(self, trainer: DPOTrainer, ways: Mapping[str, Way]):

@@ -37,12 +37,12 @@ from transformers import (
 )
 from trl import DPOConfig
 
-from alignlab import model as models
-from alignlab.arguments import Circumstances, trl_arguments
-from alignlab.plan.memory import GIB, plan
-from alignlab.probe import MICRO_BATCHES, QUIET, STEPS, measured
-from alignlab.recipe import Recipe, load_recipe
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.memory.plan import GIB, plan
+from alignlab.models import load as models
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
+from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.train.probe import MICRO_BATCHES, QUIET, STEPS, measured
+from alignlab.train.trainers import AlignDPOTrainer
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"llama2": LlamaConfig(), "mistral": MistralConfig()}
@@ -111,7 +111,7 @@ def cell(name: str, recipe: Recipe, weights: PreTrainedModel, config, length: in
 
 def make_trainer(policy, recipe: Recipe, pairs: Dataset, batch: int, folder: Path) -> AlignDPOTrainer:
     cpu = not torch.cuda.is_available()
-    given = {**trl_arguments(recipe, "dpo", Circumstances(folder, len(pairs), cpu)), **QUIET}
+    given = {**trl_arguments(recipe, "dpo", TrainingContext(folder, len(pairs), cpu)), **QUIET}
     given |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": MICRO_BATCHES, "max_steps": STEPS}
     args = DPOConfig(**{**given, "max_length": None})
     trainer = AlignDPOTrainer(policy, None, args, train_dataset=pairs, processing_class=tokenizer())

@@ -21,14 +21,14 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 import torch
 from batches import MEGA_BATCH, find_rows
-from comparison import RESULTS, WAYS, Bench, Found, report
+from comparison import RESULTS, WAYS, Found, LoadedModels, report
 from datasets import Dataset
 from machine import machine
 from memory_gpu import tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from trl import DPOConfig
 
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.train.trainers import AlignDPOTrainer
 
 LLAMA = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 7, "num_attention_heads": 6}
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts, found = {"model": args.model, "pairs": args.pairs, "rows": what}, Found()
     here = machine(threads=torch.get_num_threads(), keeps_memory=not missing)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(make_trainer(config, args.pairs, rows, Path(folder)), ways)
+        bench = LoadedModels(make_trainer(config, args.pairs, rows, Path(folder)), ways)
         try:
             for line in bench.measure(rows, args.pairs, args.batches, found):
                 print(line, file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 import torch
 from batches import find_rows
-from comparison import RESULTS, WAYS, Bench, Found, Way, report, stock
+from comparison import RESULTS, WAYS, Found, LoadedModels, Way, report, stock
 from datasets import Dataset
 from machine import machine
 from memory_gpu import MODELS, TOYS, make_trainer, quantized
@@ -35,9 +35,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from alignlab import model as models
-from alignlab.packing import PrefixSharing
-from alignlab.recipe import Recipe, load_recipe
+from alignlab.models import load as models
+from alignlab.models.packing import PrefixSharing
+from alignlab.recipe.load import Recipe, load_recipe
 
 PAIRS, BATCHES = (1, 2, 4, 8), 20
 TOY_PAIRS, TOY_BATCHES = (2,), 2
@@ -75,7 +75,7 @@ def measure(weights: PreTrainedModel, recipe: Recipe, rows: Dataset, pairs: int,
         trainer = make_trainer(policy, recipe, rows, pairs, Path(folder))
         move_away(policy)
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-        bench = Bench(trainer, ways(weights))
+        bench = LoadedModels(trainer, ways(weights))
         try:
             for line in bench.measure(rows, pairs, count, found):
                 print(line, file=sys.stderr, flush=True)
