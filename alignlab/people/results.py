@@ -13,6 +13,7 @@ from alignlab.estimate import LEVEL, Estimate, mean_estimate, share_estimate
 from alignlab.people.votes import BOTH_BAD, Vote
 from alignlab.tables import WinRate
 
+RESAMPLES = 200  # of the ratings' bootstrap: a fifth of a second, in which the server answers more slowly
 NARROW = 0.1  # width of an interval at which more votes would change little
 GRID = np.arange(1, 2000) / 2000  # means that are tried
 STRATEGIES = (1 + np.cos((np.arange(256) + 0.5) * np.pi / 256)) / 2  # Chebyshev nodes: as Beta(½, ½) spreads them
@@ -121,7 +122,7 @@ def _elo(by_pair: Mapping[tuple[str, str], Sequence[Vote]]) -> dict[str, Estimat
     outcomes = {models: _by_prompt(votes) for models, votes in by_pair.items()}
     prompts = list(dict.fromkeys(prompt for its in outcomes.values() for prompt in its))
     table = {models: [its.get(prompt) for prompt in prompts] for models, its in outcomes.items()}
-    found = rate(table, anchor=max(name for models in by_pair for name in models))
+    found = rate(table, anchor=max(name for models in by_pair for name in models), resamples=RESAMPLES)
     return dict(sorted(found.items(), key=lambda item: -item[1].mean))
 
 
