@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scores = Mapping[str, float]
-TIE = "tie"
+TIE, BOTH_BAD = "tie", "both_bad"  # people may find two replies bad, which counts as a tie
+NOT_VOTED_ON = "not voted on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Verdict:
 
     `outcome` is 1 where a is better, 0 where b is, ½ for a tie, none where it was not judged. `how` is one of judged,
     disagreement (the two orders gave different answers: a tie), identical (equal replies: a tie, nobody asked),
-    unparseable, failed, not asked.
+    unparseable, failed, not asked, not voted on.
     """
 
     outcome: float | None
@@ -222,10 +223,10 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 class Votes:
     """Human votes from a `.jsonl` or `.csv` file, one row a voter and a prompt.
 
-    A row has `prompt` (the text, or its number among the prompts, from 0), `winner` (a model's name, or tie) and,
-    where more than two models are compared, `models` (the two names; in a .csv with a | between). Several votes on one
-    prompt count with their mean: the outcome is then a share of voters, and its scatter over prompts is what the
-    interval sees.
+    A row has `prompt` (the text, or its number among the prompts, from 0), `winner` (a model's name, tie or both_bad)
+    and, where more than two models are compared, `models` (the two names; in a .csv with a | between). Several votes
+    on one prompt count with their mean: the outcome is then a share of voters, and its scatter over prompts is what
+    the interval sees.
     """
 
     path: Path
@@ -239,9 +240,9 @@ class Votes:
 
 def _by_votes(winners: Mapping[str, int], model_a: str) -> Verdict:
     if not winners:
-        return Verdict(None, "not asked")
-    total = sum(winners.values())
-    return Verdict((winners.get(model_a, 0) + winners.get(TIE, 0) / 2) / total, "judged")
+        return Verdict(None, NOT_VOTED_ON)
+    total, ties = sum(winners.values()), winners.get(TIE, 0) + winners.get(BOTH_BAD, 0)
+    return Verdict((winners.get(model_a, 0) + ties / 2) / total, "judged")
 
 
 def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Votes:
@@ -249,10 +250,14 @@ def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Vot
     found: dict[frozenset[str], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     known = set(prompts)
     for place, row in _vote_rows(path):
+        for name in ("prompt", "winner"):
+            if row.get(name) is None:
+                raise DataError(f"{place}: {name} is missing; a vote has a prompt and a winner")
         pair = _voted_pair(place, row, models)
-        prompt, winner = _voted_prompt(place, row, prompts, known), row.get("winner")
-        if winner not in (*pair, TIE):
-            raise DataError(f"{place}: winner is {winner!r}, and not one of {', '.join(sorted(pair))} or {TIE}")
+        prompt, winner = _voted_prompt(place, row, prompts, known), row["winner"]
+        if winner not in (*pair, TIE, BOTH_BAD):
+            names = ", ".join([*sorted(pair), TIE])
+            raise DataError(f"{place}: winner is {winner!r}, and not one of {names} or {BOTH_BAD}")
         found[pair][prompt][winner] += 1
     if not found:
         raise DataError(f"{path}: no votes: the file is empty")
@@ -280,7 +285,7 @@ def _voted_prompt(place: str, row: Mapping[str, Any], prompts: Sequence[str], kn
         return prompts[int(prompt)]
     raise DataError(
         f"{place}: prompt {str(prompt)[:60]!r} is not one of the {len(prompts)} judged;"
-        f" give its text or its number from 0 to {len(prompts) - 1}"
+        f" give its text or its number from 0 to {len(prompts) - 1}, or the file that it is from with --prompts"
     )
 
 
