@@ -255,11 +255,14 @@ def _vote(args: argparse.Namespace) -> None:
 
 def _cache(args: argparse.Namespace) -> None:
     from alignlab.data.prepared import clear_prepared, list_prepared
-    from alignlab.disk import left_in_cache, remove, size_of
+    from alignlab.disk import cache_folder, left_in_cache, remove, size_of
     from alignlab.store import clear_store, list_store
 
+    exports = sorted(cache_folder().glob("exports/*/*"))  # of `serve`: a folder each, with its seal
+    exports = [path for path in exports if path.is_dir()]
     if args.clear:
-        freed = sum(remove(path) for path in left_in_cache()) + clear_store() + clear_prepared()
+        freed = sum(remove(path) for path in [*left_in_cache(), *(path.parent for path in exports)])
+        freed += clear_store() + clear_prepared()
         _print(f"{freed / 2**20:.1f} MiB freed")
         return
     references: list[tuple[Any, str]] = [(entry, f"reference: {entry.reference}") for entry in list_store()]
@@ -267,6 +270,8 @@ def _cache(args: argparse.Namespace) -> None:
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+    for path in exports:
+        _print(f"{'served':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
     for path in left_in_cache():
         _print(f"{'left behind':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
 

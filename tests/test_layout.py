@@ -26,7 +26,7 @@ TREES = {
 HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wandb")
 LIGHT = (
     *("__init__", "arguments", "data", "doctor.examination", "guards", "plan", "recipe", "facts.runs", "report.page"),
-    *("run", "summary", "sweep.choice", "toy", "transcript"),
+    *("people.vote", "run", "summary", "sweep.choice", "toy", "transcript"),
 )
 SECTIONS = [each for name, each in vars(recipe).items() if name.endswith("Section")]
 READERS = set(TREES) - {"recipe", "rules", "listing"}

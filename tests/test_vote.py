@@ -462,3 +462,12 @@ def test_the_page_votes_without_script(browser, server):
         page.click("text=Equal")
     assert page.title() == "Pair 2 of 44"
     context.close()
+
+
+def test_many_voters_at_once_are_answered(monkeypatch):
+    """Three seconds of the measurement; how fast is told by `make bench-all`, on a machine with nothing else to do."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "bench"))
+    from vote import measure
+
+    found = measure(voters=20, seconds=3, think=0.5, pairs=100)
+    assert found["faults"] == 0 and found["requests"] > 40
