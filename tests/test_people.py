@@ -180,10 +180,10 @@ def ask(curl: str, question: str) -> str:
 
 @pytest.mark.slow
 def test_a_served_run_answers_as_chat_and_evaluation_and_ends_with_its_child(served, evaluated):
-    """`transformers serve` cuts a reply behind a stop text, and leaves the stop in it."""
+    """`transformers serve` leaves a stop text at the end of a reply, and special tokens within it out."""
     process, lines = served()
     for question, reply in evaluated.items():
-        assert ask(lines[1], question).removesuffix("\n\nHuman:") == reply
+        assert ask(lines[1], question).removesuffix("\n\nHuman:") == reply.replace("<pad>", "")
     (child,) = children(process.pid)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM, process.communicate()

@@ -205,11 +205,10 @@ class Ballots:
         values = {f"{name}_{sides[side]}": scores.get(f"{name}_{side}") for name in SCORES for side in sides}
         if any(value not in (None, 1, 2, 3, 4, 5) for value in values.values()):
             raise Refused("A score is a whole number from 1 to 5.")
-        values |= {"winner": sides.get(choice, choice), "at": _now()}
-        cast = f"UPDATE ballots SET {', '.join(f'{name} = :{name}' for name in values)} WHERE code = :code"
-        done = self.db.execute(
-            f"{cast} AND voter = :voter AND winner IS NULL", {**values, "code": code, "voter": voter}
-        )
+        cast = {"winner": sides.get(choice, choice), "at": _now(), **values}
+        named = ", ".join(f"{name} = :{name}" for name in cast)
+        change = f"UPDATE ballots SET {named} WHERE code = :code AND voter = :voter AND winner IS NULL"
+        done = self.db.execute(change, {**cast, "code": code, "voter": voter})
         if not done.rowcount:
             raise Refused("Your vote on this pair is counted already.", 409)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -182,7 +182,7 @@ def chat(runs: Sequence[Run], *, greedy: bool, max_new_tokens: int | None, seed:
             continue
         try:
             if said.startswith("/"):
-                if _obey(talk, said) is False:
+                if not _obey(talk, said):
                     return
             else:
                 _say(talk, said)
@@ -200,13 +200,15 @@ def _read_line(prompt: str) -> str | None:
 def _obey(talk: Chat, said: str) -> bool:
     """Whether the chat goes on after a command."""
     command, _, rest = said.partition(" ")
-    known: dict[str, Callable[[], str]] = {
-        "/reset": lambda: (talk.reset(), "a new dialogue")[1],
-        "/save": lambda: _save(talk, Path(rest.strip() or "chat.jsonl")),
-    }
     if command in ("/quit", "/exit"):
         return False
-    print(known[command]() if command in known else HELP)
+    if command == "/reset":
+        talk.reset()
+        print("a new dialogue")
+    elif command == "/save":
+        print(_save(talk, Path(rest.strip() or "chat.jsonl")))
+    else:
+        print(HELP)
     return True
 
 
