@@ -235,6 +235,15 @@ def test_two_bad_replies_are_a_tie(tmp_path):
     assert judge_contests(votes.judge("dpo", "sft"), VOTED)[0].outcome == 0.75
 
 
+def test_votes_on_other_replies_are_told(tmp_path, caplog):
+    for text, is_told in ((VOTED[0].reply_a, False), ("something else", True)):
+        row = {"prompt": "Why?", "winner": "dpo", "replies": {"dpo": text, "sft": VOTED[0].reply_b}}
+        votes = read_votes(votes_file(tmp_path, [row]), PROMPTS, MODELS)
+        assert judge_contests(votes.judge("dpo", "sft"), VOTED)[0].outcome == 1
+        assert ("1 of 1 prompts were voted on with other replies" in caplog.text) == is_told
+        caplog.clear()
+
+
 def test_votes_on_three_models_name_the_two_that_were_compared(tmp_path):
     rows = [
         {"prompt": 0, "winner": "dpo", "models": ["sft", "dpo"]},

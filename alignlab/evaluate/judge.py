@@ -231,11 +231,23 @@ class Votes:
 
     path: Path
     by_pair: Mapping[frozenset[str], Mapping[str, Mapping[str, int]]]  # models → prompt → winner → votes
+    replies: Mapping[str, set[str]] = field(default_factory=dict)  # prompt → what was voted on, where votes hold it
 
     def judge(self, model_a: str, model_b: str) -> Judge:
-        """The judge of these two models' contests."""
+        """The judge of these two models' contests; it warns where their replies are not those that were voted on."""
         votes = self.by_pair.get(frozenset((model_a, model_b)), {})
-        return lambda contests: [_by_votes(votes.get(c.prompt, {}), model_a) for c in contests]
+
+        def judged(contests: Sequence[Contest]) -> list[Verdict]:
+            known = [c for c in contests if c.prompt in votes and c.prompt in self.replies]
+            if other := sum(not {c.reply_a, c.reply_b} <= self.replies[c.prompt] for c in known):
+                log.warning(
+                    "%s: %d of %d prompts were voted on with other replies than these of %s and %s; vote again, or "
+                    "evaluate as the replies were drawn",
+                    self.path, other, len(known), model_a, model_b,
+                )  # fmt: skip
+            return [_by_votes(votes.get(c.prompt, {}), model_a) for c in contests]
+
+        return judged
 
 
 def _by_votes(winners: Mapping[str, int], model_a: str) -> Verdict:
@@ -248,7 +260,7 @@ def _by_votes(winners: Mapping[str, int], model_a: str) -> Verdict:
 def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Votes:
     """The votes of a file; raises `DataError` with the line of a row about an unknown prompt or model."""
     found: dict[frozenset[str], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    known = set(prompts)
+    known, replies = set(prompts), defaultdict(set)
     for place, row in _vote_rows(path):
         for name in ("prompt", "winner"):
             if row.get(name) is None:
@@ -259,9 +271,11 @@ def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Vot
             names = ", ".join([*sorted(pair), TIE])
             raise DataError(f"{place}: winner is {winner!r}, and not one of {names} or {BOTH_BAD}")
         found[pair][prompt][winner] += 1
+        if isinstance(said := row.get("replies"), Mapping):
+            replies[prompt] |= {text for text in said.values() if isinstance(text, str)}
     if not found:
         raise DataError(f"{path}: no votes: the file is empty")
-    return Votes(path, found)
+    return Votes(path, found, replies)
 
 
 def _voted_pair(place: str, row: Mapping[str, Any], models: Sequence[str]) -> frozenset[str]:
