@@ -217,10 +217,10 @@ def test_what_is_voted_on_is_what_an_evaluation_judges(run):
     evaluator = Evaluator(line_up([run]), Options(judge="none"))
     texts = {name: [reply.text for reply in its] for name, its in evaluator.replies_to(evaluator.held_out).items()}
     prompts = [prompt.transcript for prompt in evaluator.held_out.prompts]
-    assert few == more[: len(few)] and {(m.a, m.b) for m in more} == {("sft", "dpo")}
+    assert few == more[: len(few)] and {(m.a, m.b) for m in more} == {("dpo", "sft")}
     for match in more:
         place = prompts.index(match.prompt)
-        assert (match.reply_a, match.reply_b) == (texts["sft"][place], texts["dpo"][place])
+        assert (match.reply_a, match.reply_b) == (texts["dpo"][place], texts["sft"][place])
 
 
 def test_votes_are_collected_exported_and_judged_by(home, run, monkeypatch, capfd):

@@ -34,7 +34,7 @@ def make_matches(runs: Sequence[Run], prompts: Sequence[Path], most: int) -> lis
     for asked in evaluator.prompt_files() if prompts else [evaluator.held_out]:
         replies = evaluator.replies_to(asked)
         for number, prompt in list(enumerate(asked.prompts))[:most]:
-            said = {name: its[number].text for name, its in replies.items()}
+            said = {name: its[number].text for name, its in reversed(replies.items())}  # what was trained last, first
             found += [Match(prompt.transcript, a, b, said[a], said[b]) for a, b in combinations(said, 2)]
     differ = [match for match in found if match.reply_a.strip() != match.reply_b.strip()]
     if len(differ) < len(found):

@@ -114,7 +114,7 @@ def _contest(a: str, b: str, votes: Sequence[Vote]) -> Contest:
 
 
 def _elo(by_pair: Mapping[tuple[str, str], Sequence[Vote]]) -> dict[str, Estimate]:
-    """Ratings as an evaluation makes them; the last of the models in the order of their names is 1000."""
+    """Ratings as an evaluation makes them; 1000 is a model that the others are compared with, and not the reverse."""
     from alignlab.evaluate.ratings import rate
 
     if not by_pair:
@@ -122,7 +122,8 @@ def _elo(by_pair: Mapping[tuple[str, str], Sequence[Vote]]) -> dict[str, Estimat
     outcomes = {models: _by_prompt(votes) for models, votes in by_pair.items()}
     prompts = list(dict.fromkeys(prompt for its in outcomes.values() for prompt in its))
     table = {models: [its.get(prompt) for prompt in prompts] for models, its in outcomes.items()}
-    found = rate(table, anchor=max(name for models in by_pair for name in models), resamples=RESAMPLES)
+    firsts, seconds = {a for a, _ in by_pair}, {b for _, b in by_pair}
+    found = rate(table, anchor=min(seconds - firsts or seconds), resamples=RESAMPLES)
     return dict(sorted(found.items(), key=lambda item: -item[1].mean))
 
 
