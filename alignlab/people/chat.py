@@ -193,7 +193,7 @@ def chat(runs: Sequence[Run], *, greedy: bool, max_new_tokens: int | None, seed:
 def _read_line(prompt: str) -> str | None:
     try:
         return input(prompt).strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import socket
@@ -185,12 +186,7 @@ def serve_votes(ballots: Ballots, address: str, port: int, named: Sequence[str] 
     """Serves until it is told to stop."""
     import uvicorn
 
+    app = vote_app(ballots, own_hosts(address, named))
     limits: dict[str, Any] = {"limit_concurrency": 500, "timeout_keep_alive": 30, "server_header": False}
-    uvicorn.run(
-        vote_app(ballots, own_hosts(address, named)),
-        host=address,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        **limits,
-    )
+    with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has shut down
+        uvicorn.run(app, host=address, port=port, log_level="warning", access_log=False, **limits)
