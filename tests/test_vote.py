@@ -440,7 +440,7 @@ def test_three_voters_vote_in_a_browser_and_every_vote_counts_once(browser, tmp_
 
 
 def test_long_replies_scroll_together(browser, server):
-    page = browser.new_page(viewport={"width": 1280, "height": 500})
+    page = browser.new_page(viewport={"width": 1280, "height": 500}, bypass_csp=True)
     enter(page, server, "Reader")
     heights = (
         "n => { const t = document.querySelectorAll('.reply .scroll')[n]; return t.scrollHeight - t.clientHeight }"

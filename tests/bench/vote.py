@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_vote import Voter, serving
@@ -43,13 +44,16 @@ def measure(voters: int, seconds: float, think: float, pairs: int = 400) -> dict
                 if status != 303:
                     faults.append(str(status))
 
+        used = sum(psutil.Process(server.process.pid).cpu_times()[:2])
         threads = [threading.Thread(target=vote, args=(number,)) for number in range(voters)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        used = sum(psutil.Process(server.process.pid).cpu_times()[:2]) - used
     p50, p95, p99 = np.percentile(np.array(times) * 1000, [50, 95, 99]).round(1).tolist()
-    return {"requests": len(times), "faults": len(faults), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    found = {"requests": len(times), "faults": len(faults), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    return {**found, "cpu_ms": round(1000 * used / max(1, len(times)), 2)}  # of the server, a request
 
 
 def main(argv: Sequence[str] | None = None) -> None:
