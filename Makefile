@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report export chat serve vote reproduce torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report export chat serve vote reproduce torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -59,6 +59,12 @@ sft: install     ## supervised fine-tuning
 dpo: install     ## DPO from the SFT run
 	@$(BIN)/alignlab dpo $(RECIPE) $(ARGS) $(LAUNCHED)
 
+kto: install     ## KTO from the SFT run: thumbs, or pairs taken apart
+	@$(BIN)/alignlab kto $(RECIPE) $(ARGS) $(LAUNCHED)
+
+orpo: install    ## ORPO from the base model, in one stage
+	@$(BIN)/alignlab orpo $(RECIPE) $(ARGS) $(LAUNCHED)
+
 sweep: install   ## DPO at each of BETAS, the table, and the choice
 	@$(BIN)/alignlab sweep $(RECIPE) $(ARGS) --betas $(BETAS)
 
@@ -80,8 +86,11 @@ serve: install   ## an OpenAI-compatible endpoint for the run
 vote: install    ## a page for blind votes on the replies of runs
 	@$(BIN)/alignlab vote $(RECIPE) $(ARGS)
 
-reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
+reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
+
+objectives: install  ## tiny by SFT, DPO, KTO and ORPO over five seeds: quality and cost, 20 minutes on two cores
+	$(BIN)/python tests/bench/objectives.py
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on
 	$(BIN)/python tests/torture kills

@@ -15,21 +15,22 @@ from commands import alignlab, kill_when
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab import cli, toy
-from alignlab import model as models
-from alignlab.disk import read_lines
+from alignlab.cli import commands as cli
+from alignlab.data import toy
+from alignlab.data.format import Format
+from alignlab.disk import read_lines, seal
 from alignlab.errors import AlignlabError, RunError
-from alignlab.evaluate import answers
-from alignlab.evaluate.candidates import Bench, line_up
-from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.facts.evaluation import read_evaluation
-from alignlab.format import Format
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.lineup import find_runs
-from alignlab.measures import kl_per_reply
-from alignlab.recipe import load_recipe
-from alignlab.run import Run
-from alignlab.train import prepare_data, train_dpo, train_sft
+from alignlab.evaluation import answers
+from alignlab.evaluation.candidates import Bench, line_up
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.measure.formulas import kl_per_reply
+from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.models import load as models
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.evaluation import read_evaluation
+from alignlab.runs.lineup import find_runs
+from alignlab.runs.run import Run
+from alignlab.train.stages import prepare_data, train_dpo, train_sft
 
 QUICK = Options(replies=12, max_new_tokens=12)
 
@@ -77,7 +78,8 @@ def rows_of(found: dict) -> dict[str, dict]:
 
 
 def without_time(file: Path) -> dict:
-    return {key: value for key, value in json.loads(file.read_text()).items() if key not in ("seconds", "made")}
+    changing = ("seconds", "made", "checksum")
+    return {key: value for key, value in json.loads(file.read_text()).items() if key not in changing}
 
 
 def numbers(found, path=()) -> dict[tuple, object]:
@@ -222,7 +224,7 @@ def test_the_same_evaluation_again_computes_nothing_and_says_the_same(found, mad
     for name in ("sample_replies", "reply_logps", "reply_logits"):
         monkeypatch.setattr(answers, name, never)
     again = without_time(evaluate([made()], QUICK))
-    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made")}
+    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made", "checksum")}
 
 
 def test_another_judge_samples_nothing_again(file, made, monkeypatch, tmp_path):
@@ -387,6 +389,7 @@ def test_the_evaluation_of_a_run_that_was_trained_again_is_not_shown_for_it(made
     evaluate([run], QUICK)
     other = made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors"
     shutil.copyfile(other, run.model / "adapter_model.safetensors")
+    seal(run.model)
     again = evaluate([run], Options(limit=2, max_new_tokens=4))
     assert (run.path / "eval.json").read_bytes() == again.read_bytes()
 
@@ -396,6 +399,7 @@ def test_the_one_file_of_an_older_version_is_kept(made, tmp_path):
     run = Run(tmp_path / "llama" / made().path.name)
     shutil.rmtree(run.path / "eval", ignore_errors=True)
     older = json.loads(evaluate([run], QUICK).read_text())
+    del older["checksum"]
     shutil.rmtree(run.path / "eval")
     for entry in older["win_rates"]:
         entry["raw"] = entry.pop("win_rate")
@@ -479,7 +483,7 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
     [
         (["eval", "gpt2.yaml"], "there is no run at runs/gpt2/dpo; `alignlab dpo gpt2.yaml` trains it"),
         (["eval", "llama.yaml", "dpo.beta=0.9"], "there is no run at runs/llama/dpo-beta0.9"),
-        (["eval", "llama.yaml", "--run", "sft-x"], "`alignlab sft llama.yaml` trains it"),
+        (["eval", "llama.yaml", "--run", "sft-x"], "did you mean 'sft'?"),
         (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json with a best run; make it"),
         (["eval", "runs/llama/dpo", "--best"], "runs/llama/dpo is a run itself; leave --run, --runs and --best out"),
         (["eval"], "which recipe?"),

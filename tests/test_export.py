@@ -16,21 +16,22 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.transcript import Turn, split_last_turn, split_turns
 from alignlab.disk import seal
 from alignlab.errors import AlignlabError
-from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
-from alignlab.export.card import chosen_from, is_local
-from alignlab.export.chat import chat_template
-from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
-from alignlab.format import Dialogue, Format
-from alignlab.model import weights_hash
-from alignlab.recipe import load_recipe
-from alignlab.run import Run, find_run, finished, seal_files
-from alignlab.tables import figure
-from alignlab.text import paths_in, publishable
-from alignlab.train import train_dpo, train_sft
-from alignlab.transcript import Turn, split_last_turn, split_turns
+from alignlab.exports import difference
+from alignlab.exports.card import chosen_from, is_local
+from alignlab.exports.chat import chat_template
+from alignlab.exports.difference import BASE, EXACT, ROUNDING, compare
+from alignlab.exports.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Run, find_run, finished, seal_files
+from alignlab.text.safe import paths_in, publishable
+from alignlab.text.tables import figure
+from alignlab.train.stages import train_dpo, train_sft
 
 RECIPE = """
 about: seconds on a CPU
@@ -189,7 +190,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
     test, parent = run.manifest.test, run.manifest.parent
-    assert f"| margin | – | {figure(test.margin)} |" in card
+    assert f"| margin | – | – | {figure(test.margin)} |" in card
     assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
     assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -206,6 +207,7 @@ def test_the_front_matter_names_what_is_on_the_hub(copied, folders, tmp_path):
     on_hub(copied, folders)
     recipe = copied.recipe_file.read_text().replace("path: null", "path: Anthropic/hh-rlhf", 1)
     copied.recipe_file.write_text(recipe.replace("source: toy", "source: hh-rlhf", 1))
+    seal_files(copied)
     found = export(copied, tmp_path / "out", Wish(form=ADAPTER, model=str(folders["llama"])))
     head = yaml.safe_load((found.path / "README.md").read_text().split("---")[1])
     assert head["base_model"] == "someone/a-llama" and head["base_model_relation"] == "adapter"

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignlab.data import prepare, prepare_replies, sft_rows
 from alignlab.data.layouts import LAYOUTS, find_reader
+from alignlab.data.prepare import prepare, prepare_replies, sft_rows
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
-from alignlab.recipe import DataSection, SFTDataSection, Source
+from alignlab.recipe.load import DataSection, SFTDataSection, Source
 
 SHARED = Path(__file__).parents[2] / "shared"
 PREFERENCE = SHARED / "data" / "preference"
@@ -489,7 +489,7 @@ def test_a_label_that_is_no_judgement_is_not_one():
 def test_unpaired_labels_are_refused_with_what_they_are_for(tmp_path, tokenizer):
     path = write_lines(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": n < 9} for n in range(20)])
     with pytest.raises(
-        DataError, match=r"kto\.jsonl: unpaired labels .* are what KTO learns from; DPO needs two"
+        DataError, match=r"kto\.jsonl: unpaired labels .* are what KTO learns from .*DPO and ORPO need two"
     ) as error:
         prepared(tokenizer, path)
     assert "\n" not in str(error.value)

@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 from commands import alignlab
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
+from alignlab.data.format import Stops
+from alignlab.data.transcript import ASSISTANT
 from alignlab.errors import DataError
-from alignlab.evaluate.candidates import line_up
-from alignlab.evaluate.evaluator import Evaluator, Options
-from alignlab.format import Stops
+from alignlab.evaluation.candidates import line_up
+from alignlab.evaluation.evaluator import Evaluator, Options
 from alignlab.people.chat import Chat, before_stop, side_by_side
 from alignlab.people.replies import make_matches
 from alignlab.people.votes import Vote, write_votes
-from alignlab.recipe import load_recipe
-from alignlab.run import Run
-from alignlab.text import harmless
-from alignlab.train import train_dpo
-from alignlab.transcript import ASSISTANT
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Run
+from alignlab.text.safe import harmless
+from alignlab.train.stages import train_dpo
 
 MOST = 48  # tokens of a reply here
 

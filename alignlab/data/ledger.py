@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from alignlab.data.files import Row
 from alignlab.data.pairing import Pair
 from alignlab.data.rows import Part
 from alignlab.data.splits import SPLITS
-from alignlab.files import Row
 
 if TYPE_CHECKING:
     import datasets
@@ -35,6 +35,7 @@ PAIR_COLUMNS = {
     "chosen_ids": "ids",
     "rejected_ids": "ids",
 }
+LABEL = {"label": "flag"}  # of a reply that stands alone
 CONFIDENCE = {"confidence": "number"}  # a column beside them, where a source has it
 ORIGIN = {"file": "count", "line": "count"}  # columns of every pair: the number of its file, and the line there
 KEY_BYTES = 8  # of a dialogue
@@ -148,7 +149,8 @@ class Ledger:
 
 
 def _bytes(pair: Pair) -> bytes:
-    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies)]
+    label = () if pair.label is None else (str(pair.label),)
+    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies, *label)]
     ids = [ids.tobytes() for ids in (pair.prompt_ids, *pair.reply_ids)]
     return b"".join([piece for one in (*texts, *ids) for piece in (len(one).to_bytes(8, "little"), one)])
 
@@ -193,6 +195,7 @@ def _schema(columns: Mapping[str, str]) -> pyarrow.Schema:
         "ids": pyarrow.list_(pyarrow.int32()),
         "number": pyarrow.float32(),
         "count": pyarrow.int32(),
+        "flag": pyarrow.bool_(),
     }
     return pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignlab.data.files import Row
+from alignlab.data.format import Dialogue, Format
 from alignlab.data.layouts import Example
 from alignlab.data.rows import Part
 from alignlab.data.splits import SPLITS, carve, dialogue_hash
+from alignlab.data.transcript import Turn, check_replies, dialogue_key, shorten
 from alignlab.errors import DataError
-from alignlab.files import Row
-from alignlab.format import Dialogue, Format
-from alignlab.recipe import DataSection
-from alignlab.transcript import Turn, check_replies, dialogue_key, shorten
+from alignlab.recipe.load import DataSection
 
 # Reasons for leaving a pair out
 EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY = "the prompt is empty", "prompt too long", "reply too long"
@@ -36,12 +36,17 @@ class Job:
 
     @property
     def has_pairs(self) -> bool:
-        return self.key == "data"
+        return self.key == "data" and not self.has_labels
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each row is one reply that is called good or bad."""
+        return any(part.reader.layout.kind == "labels" for part in self.parts if part.reader)
 
     @property
     def wanted(self) -> Sequence[str]:
         """The splits that must not come out empty."""
-        return SPLITS if self.has_pairs else SPLITS[:2]
+        return SPLITS if self.key == "data" else SPLITS[:2]
 
     @property
     def has_confidence(self) -> bool:
@@ -57,7 +62,10 @@ class RawRow(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A pair on its way: what its row tells, and what the model will see. A reply to learn has no rejected one."""
+    """A pair on its way: what its row tells, and what the model will see.
+
+    A single reply, to learn or with a label, has no rejected one.
+    """
 
     place: int  # of its row in the batch
     example: Example | None  # none once it is done: the rest is all that is written
@@ -69,12 +77,14 @@ class Pair(NamedTuple):
     replies: Sequence[str] = ()  # the chosen one, and the rejected one
     reply_ids: Sequence[np.ndarray] = ()
     confidence: float | None = None
+    label: bool | None = None
 
     def columns(self) -> dict[str, Any]:
         """What is written of the pair."""
         texts, ids = (dict(zip(("chosen", "rejected"), both, strict=False)) for both in (self.replies, self.reply_ids))
         named = {f"{name}_ids": own for name, own in ids.items()}
-        return {"prompt": self.prompt, **texts, "prompt_ids": self.prompt_ids, **named, "confidence": self.confidence}
+        told = {"confidence": self.confidence, "label": self.label}
+        return {"prompt": self.prompt, **texts, "prompt_ids": self.prompt_ids, **named, **told}
 
 
 @dataclass
@@ -110,7 +120,9 @@ def make_pairs(batch: Sequence[RawRow], job: Job) -> Made:
     pairs = [pair._replace(reply_ids=own) for pair, own in zip(pairs, zip(*sides, strict=True), strict=True)]
     pairs = made.keep(pairs, lambda pair: _limited(pair, job))
     made.unread.update(name for _, name in {found for pair in pairs for found in _unwritten(pair)})
-    made.pairs = [pair._replace(example=None, confidence=pair.example.confidence) for pair in pairs]
+    made.pairs = [
+        pair._replace(example=None, confidence=pair.example.confidence, label=pair.example.label) for pair in pairs
+    ]
     return made
 
 

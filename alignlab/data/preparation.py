@@ -17,14 +17,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from alignlab.data.format import ALPACA_HEADING
 from alignlab.data.layouts import INVERTED, SAME_SCORE, UNORDERED
-from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
+from alignlab.data.ledger import CONFIDENCE, LABEL, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
 from alignlab.data.pairing import EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
 from alignlab.data.prepared import Account
 from alignlab.data.rows import names_of
 from alignlab.data.splits import OTHER, larger_shares
 from alignlab.errors import DataError
-from alignlab.format import ALPACA_HEADING
 
 BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
 SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the words that these have taught
@@ -40,6 +40,7 @@ OTHER_PROMPTS = (
 def prepare_rows(job: Job, folder: Path) -> Account:
     """Prepares all rows into Arrow files in a folder."""
     columns = (PAIR_COLUMNS if job.has_pairs else REPLY_COLUMNS) | (CONFIDENCE if job.has_confidence else {})
+    columns |= LABEL if job.has_labels else {}
     caps = [job.section.max_pairs_per_prompt or PROMPT_CAPS.get(part.source) for part in job.parts]
     with _collector_off(), Ledger(folder, columns, job.parts, job.apart_from) as ledger:
         for batch, made in _made(job, _batches(_progress(_read_rows(job, ledger)))):

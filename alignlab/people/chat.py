@@ -11,16 +11,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from alignlab import model as models
+from alignlab.data.format import Dialogue, Format, Stops
+from alignlab.data.transcript import Turn, shorten
 from alignlab.disk import append_line
 from alignlab.errors import AlignlabError, DataError
-from alignlab.evaluate.candidates import Bench, Candidate, line_up, refuse_what_cannot_be_compared
-from alignlab.format import Dialogue, Format, Stops
-from alignlab.generate import Reply, sample_replies
-from alignlab.lineup import names_of
-from alignlab.run import Run
-from alignlab.text import harmless, one_line
-from alignlab.transcript import Turn, shorten
+from alignlab.evaluation.candidates import Bench, Candidate, line_up, refuse_what_cannot_be_compared
+from alignlab.measure.generate import Reply, sample_replies
+from alignlab.models import load as models
+from alignlab.runs.lineup import names_of
+from alignlab.runs.run import Run
+from alignlab.text.safe import harmless, one_line
 
 HELP = "/reset begins anew, /save [FILE] keeps the dialogue, /quit ends"
 COLUMN, GAP = 38, 4  # characters of one of two columns, and between them

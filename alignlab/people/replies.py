@@ -8,10 +8,10 @@ from itertools import combinations
 from pathlib import Path
 
 from alignlab.errors import DataError
-from alignlab.evaluate.candidates import Lineup, line_up
-from alignlab.evaluate.evaluator import Evaluator, Options
+from alignlab.evaluation.candidates import Lineup, line_up
+from alignlab.evaluation.evaluator import Evaluator, Options
 from alignlab.people.ballots import Match
-from alignlab.run import Run
+from alignlab.runs.run import Run
 
 log = logging.getLogger(__name__)
 

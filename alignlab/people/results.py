@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignlab.estimate import LEVEL, Estimate, mean_estimate, share_estimate
 from alignlab.people.votes import BOTH_BAD, Vote
-from alignlab.tables import WinRate
+from alignlab.text.estimate import LEVEL, Estimate, mean_estimate, share_estimate
+from alignlab.text.tables import WinRate
 
 RESAMPLES = 200  # of the ratings' bootstrap: a fifth of a second, in which the server answers more slowly
 NARROW = 0.1  # width of an interval at which more votes would change little
@@ -115,7 +115,7 @@ def _contest(a: str, b: str, votes: Sequence[Vote]) -> Contest:
 
 def _elo(by_pair: Mapping[tuple[str, str], Sequence[Vote]]) -> dict[str, Estimate]:
     """Ratings as an evaluation makes them; 1000 is a model that the others are compared with, and not the reverse."""
-    from alignlab.evaluate.ratings import rate
+    from alignlab.evaluation.ratings import rate
 
     if not by_pair:
         return {}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from alignlab.disk import cache_folder, digest, hash_file, make_once, write_json
 from alignlab.errors import MachineError
-from alignlab.run import Run
+from alignlab.runs.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def export_once(run: Run) -> Path:
     In it, and not in other exports, a reply also ends at the format's texts where a request names none: `generate`
     refuses such a setting without a tokenizer, and `transformers serve` always hands one over.
     """
-    from alignlab.evaluate.candidates import line_up
-    from alignlab.export import export
+    from alignlab.evaluation.candidates import line_up
+    from alignlab.exports.export import export
 
     content = digest([line_up([run]).ours.key, hash_file(run.recipe_file)])
     name = f"{run.path.resolve().parent.name}-{run.path.name}"

@@ -17,11 +17,11 @@ from jinja2 import Environment
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from alignlab.evaluate.judge import Contest
+from alignlab.evaluation.judge import Contest
 from alignlab.people.ballots import AGAIN_EVERY, CHOICES, SCORES, Ballots, Refused
 from alignlab.people.results import count
-from alignlab.tables import percent
-from alignlab.text import harmless, one_line
+from alignlab.text.safe import harmless, one_line
+from alignlab.text.tables import percent
 
 log = logging.getLogger(__name__)
 
