@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache reproduce canary torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache reproduce canary chat serve vote torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -83,6 +83,15 @@ export: install  ## the merged model in TO, checked against the run
 cache: install   ## what is stored; ARGS=--clear removes it
 	@$(BIN)/alignlab cache $(ARGS)
 
+chat: install    ## talk to the run
+	@$(BIN)/alignlab chat $(RECIPE) $(ARGS)
+
+serve: install   ## an OpenAI-compatible endpoint for the run
+	@$(BIN)/alignlab serve $(RECIPE) $(ARGS)
+
+vote: install    ## a page for blind votes on the replies of runs
+	@$(BIN)/alignlab vote $(RECIPE) $(ARGS)
+
 reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
 
@@ -106,6 +115,7 @@ bench-all: bench  ## further cells, data preparation, sweeps, the cost of sampli
 	$(BIN)/python tests/bench/data.py
 	$(BIN)/python tests/bench/doctor.py
 	$(BIN)/python tests/bench/sampling.py
+	$(BIN)/python tests/bench/vote.py
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/sweep.py llama-25m
 
 bench-gpu: install  ## the same on one GPU with 7B shapes, and the memory plan against it

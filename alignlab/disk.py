@@ -353,7 +353,11 @@ def left_in_cache() -> list[Path]:
 
     Only names that are given here count, and hidden ones in folders of our own: somebody may keep other things there.
     """
-    own = [path for folder in ("prepared", "reference", "judgements") for path in cache_folder().glob(f"{folder}/.*")]
+    own = [
+        path
+        for folder in ("prepared", "reference", "judgements", "exports")
+        for path in cache_folder().glob(f"{folder}/.*")
+    ]
     found = [path for path in cache_folder().glob("*") if BESIDE.fullmatch(path.name) or UNNAMED.fullmatch(path.name)]
     return sorted(path for path in [*own, *found] if not _is_being_written(path))
 

@@ -225,8 +225,23 @@ def test_votes_count_with_their_mean(tmp_path, rows, name):
     votes = read_votes(votes_file(tmp_path, rows, name), PROMPTS, MODELS)
     verdicts = judge_contests(votes.judge("dpo", "sft"), VOTED)
     assert [verdict.outcome for verdict in verdicts] == [pytest.approx(2.5 / 3), 0, None]
-    assert verdicts[2].how == "not asked"
+    assert verdicts[2].how == "not voted on"
     assert mirrored(judge_contests(votes.judge("sft", "dpo"), VOTED)) == [pytest.approx(2.5 / 3), 0, None]
+
+
+def test_two_bad_replies_are_a_tie(tmp_path):
+    rows = [{"prompt": "Why?", "winner": "both_bad"}, {"prompt": "Why?", "winner": "dpo"}]
+    votes = read_votes(votes_file(tmp_path, rows), PROMPTS, MODELS)
+    assert judge_contests(votes.judge("dpo", "sft"), VOTED)[0].outcome == 0.75
+
+
+def test_votes_on_other_replies_are_told(tmp_path, caplog):
+    for text, is_told in ((VOTED[0].reply_a, False), ("something else", True)):
+        row = {"prompt": "Why?", "winner": "dpo", "replies": {"dpo": text, "sft": VOTED[0].reply_b}}
+        votes = read_votes(votes_file(tmp_path, [row]), PROMPTS, MODELS)
+        assert judge_contests(votes.judge("dpo", "sft"), VOTED)[0].outcome == 1
+        assert ("1 of 1 prompts were voted on with other replies" in caplog.text) == is_told
+        caplog.clear()
 
 
 def test_votes_on_three_models_name_the_two_that_were_compared(tmp_path):
@@ -247,9 +262,13 @@ def test_votes_on_three_models_name_the_two_that_were_compared(tmp_path):
         ({"prompt": "Wat?", "winner": "dpo"}, MODELS, "votes.jsonl:2: prompt 'Wat?' is not one of the 3 judged"),
         ({"prompt": 3, "winner": "dpo"}, MODELS, "its number from 0 to 2"),
         ({"prompt": -1, "winner": "dpo"}, MODELS, "prompt '-1' is not"),
-        ({"winner": "dpo"}, MODELS, "prompt 'None' is not"),
-        ({"prompt": 0, "winner": "gpt"}, MODELS, "votes.jsonl:2: winner is 'gpt', and not one of dpo, sft or tie"),
-        ({"prompt": 0}, MODELS, "a vote has a prompt and a winner"),
+        ({"winner": "dpo"}, MODELS, "prompt is missing"),
+        (
+            {"prompt": 0, "winner": "gpt"},
+            MODELS,
+            "votes.jsonl:2: winner is 'gpt', and not one of dpo, sft, tie or both_bad",
+        ),
+        ({"prompt": 0}, MODELS, "winner is missing"),
         ({"prompt": 0, "winner": "dpo"}, [*MODELS, "base"], "which two of dpo, sft, base were compared?"),
         ({"prompt": 0, "winner": "dpo", "models": ["dpo", "x"]}, MODELS, "models are ['dpo', 'x'], and not two of"),
         ({"prompt": 0, "winner": "dpo", "models": 7}, MODELS, "models are 7, and not two of"),
@@ -271,7 +290,7 @@ def test_a_vote_that_cannot_be_counted_is_one_line_with_its_place(tmp_path, row,
         ("votes.jsonl", "", "no votes"),
         ("votes.jsonl", "{\n", "not JSON"),
         ("votes.csv", "prompt,winner\n", "no votes"),
-        ("votes.csv", "a,b\n1,2\n", "a vote has a prompt and a winner"),
+        ("votes.csv", "a,b\n1,2\n", "prompt is missing"),
         ("votes.txt", "hm", "not a kind of file"),
     ],
 )

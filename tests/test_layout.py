@@ -28,6 +28,7 @@ HEAVY = ("torch", "trl", "transformers", "peft", "datasets", "accelerate", "wand
 LIGHT = (
     *("", "cli.commands", "data.prepare", "data.toy", "data.transcript", "doctor.examination", "memory"),
     *("recipe.arguments", "recipe.load", "reports.page", "reports.summary", "runs.facts", "runs.run", "sweeps.choice"),
+    "people.vote",
     "train.guards",
 )
 ROOMS = runpy.run_path(str(PACKAGE.parent / "docs" / "make.py"))["ROOMS"]  # the order of docs/architecture.md

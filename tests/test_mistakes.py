@@ -164,7 +164,7 @@ def test_a_judge_that_cannot_be_had_is_one_line(say, monkeypatch):
     with pytest.raises(ModelError, match=r"there is no folder \./reward here"):
         RewardJudge("./reward")
     Path("votes.jsonl").write_text('{"prompt": 0, "vote": "A"}\n')
-    with pytest.raises(DataError, match=r"votes.jsonl:1: a vote has .* winner, one of sft, dpo .* has prompt, vote"):
+    with pytest.raises(DataError, match=r"votes.jsonl:1: winner is missing; a vote has a prompt and a winner"):
         read_votes(Path("votes.jsonl"), ["Hi"], ["sft", "dpo"])
 
 

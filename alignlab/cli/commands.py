@@ -218,13 +218,66 @@ def _export(args: argparse.Namespace) -> None:
         _print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
 
+def _chat(args: argparse.Namespace) -> None:
+    from alignlab.runs.run import find_run, finished
+
+    run = finished(find_run(args.recipe, args.run, best=args.best))
+    other = finished(find_run(args.recipe, args.against)) if args.against else None
+    from alignlab.people.chat import chat
+
+    chat([run, other] if other else [run], greedy=args.greedy, max_new_tokens=args.max_new_tokens, seed=args.seed)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from alignlab.people.serve import check_address, serve
+    from alignlab.runs.run import find_run, finished
+
+    check_address(args.host, args.port)
+    return serve(finished(find_run(args.recipe, args.run, best=args.best)), args.host, args.port)
+
+
+def _vote(args: argparse.Namespace) -> None:
+    from alignlab.errors import RunError
+    from alignlab.people.ballots import Ballots
+    from alignlab.people.votes import write_votes
+    from alignlab.runs.run import Run, find_run, finished, runs_folder
+
+    folder = runs_folder(args.recipe)
+    folder = folder.parent if Run(folder).has_started else folder
+    file = Path(args.db) if args.db else folder / "votes.db"
+    if args.export:
+        if not file.is_file():
+            raise RunError(f"there are no votes yet (looked in {file}); collect some with alignlab vote {args.recipe}")
+        votes = Ballots(file).votes()
+        write_votes(Path(args.export), votes)
+        _print(f"{args.export}: {len(votes)} votes")
+        return
+    from alignlab.people.serve import check_address
+
+    runs = [finished(find_run(args.recipe, name)) for name in args.runs or [None]]
+    check_address(args.host, args.port)
+    from alignlab.people.replies import make_matches
+    from alignlab.people.vote import serve_votes
+
+    ballots = Ballots(file)
+    ballots.put(make_matches(runs, [Path(each) for each in args.prompts], args.replies))
+    _print(
+        f"vote at  http://{args.host}:{args.port}/\nresults  http://{args.host}:{args.port}/results?key={ballots.key}"
+    )
+    _print(f"votes are kept in {file}; Ctrl-C stops, and the same command goes on", sys.stderr)
+    serve_votes(ballots, args.host, args.port, args.allow_host)
+
+
 def _cache(args: argparse.Namespace) -> None:
     from alignlab.data.prepared import clear_prepared, list_prepared
-    from alignlab.disk import left_in_cache, remove, size_of
+    from alignlab.disk import cache_folder, left_in_cache, remove, size_of
     from alignlab.train.store import clear_store, list_store
 
+    exports = sorted(cache_folder().glob("exports/*/*"))  # of `serve`: a folder each, with its seal
+    exports = [path for path in exports if path.is_dir()]
     if args.clear:
-        freed = sum(remove(path) for path in left_in_cache()) + clear_store() + clear_prepared()
+        freed = sum(remove(path) for path in [*left_in_cache(), *(path.parent for path in exports)])
+        freed += clear_store() + clear_prepared()
         _print(f"{freed / 2**20:.1f} MiB freed")
         return
     references: list[tuple[Any, str]] = [(entry, f"reference: {entry.reference}") for entry in list_store()]
@@ -232,6 +285,8 @@ def _cache(args: argparse.Namespace) -> None:
     for entry, about in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         _print(f"{entry.pairs:>9,} pairs  {entry.bytes / 2**20:7.1f} MiB  used {used}  {about}")
+    for path in exports:
+        _print(f"{'served':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
     for path in left_in_cache():
         _print(f"{'left behind':>15}  {size_of(path) / 2**20:7.1f} MiB  {path}")
 
@@ -327,6 +382,9 @@ CALLS = {
     "report": _report,
     "compare": _compare,
     "export": _export,
+    "chat": _chat,
+    "serve": _serve,
+    "vote": _vote,
     "cache": _cache,
 }
 

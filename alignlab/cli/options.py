@@ -83,7 +83,7 @@ def _parser() -> _Parser:
     examples = ["mistral dpo.beta=0.3", "tiny --json"]
     show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
     show.add_argument("--json", action="store_true", help="print one JSON object")
-    for add in (_data, _plan, _train, _sweep, _eval, _report, _compare, _export, _cache):
+    for add in (_data, _plan, _train, _sweep, _eval, _report, _compare, _export, _chat, _serve, _vote, _cache):
         add(commands)
     return parser
 
@@ -299,6 +299,74 @@ def _export(commands) -> None:
     command.add_argument("--public", action="store_true", help="upload it for everybody to see")
 
 
+def _chat(commands) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        "talk to a finished run, in the format that it was trained in",
+        ["tiny", "mistral --best --greedy", "mistral --run dpo --against sft"],
+        recipe=False,
+    )
+    _one_run(chat)
+    chat.add_argument("--against", metavar="RUN", help="another run answers too, side by side")
+    chat.add_argument("--greedy", action="store_true", help="greedy replies; default: sampled at temperature 1")
+    chat.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: data.max_reply_tokens")
+    chat.add_argument("--seed", type=int, default=0, help="of sampled replies; default 0")
+
+
+def _serve(commands) -> None:
+    serve = _command(
+        commands,
+        "serve",
+        "an OpenAI-compatible endpoint, by vllm on a GPU or else by transformers",
+        ["tiny", "mistral --best --port 8001"],
+        recipe=False,
+    )
+    _one_run(serve)
+    _address(serve, 8000)
+
+
+def _vote(commands) -> None:
+    vote = _command(
+        commands,
+        "vote",
+        "a page for blind votes on the replies of runs; the votes become results and data",
+        [
+            "tiny",
+            "mistral --runs sft dpo dpo-beta0.3 --prompts mt_bench.jsonl --replies 80",
+            "mistral --export votes.jsonl",
+        ],
+        recipe=False,
+    )
+    vote.add_argument("recipe", metavar="RECIPE", help="a recipe's name, whose runs are under runs/, or a folder")
+    about = "these runs, each against each; default: the last DPO run against what it started from"
+    vote.add_argument("--runs", metavar="RUN", nargs="+", default=[], help=about)
+    vote.add_argument(
+        "--prompts", metavar="FILE", nargs="+", default=[], help="files of prompts; default: held-out ones"
+    )
+    vote.add_argument("--replies", type=_count, default=100, metavar="N", help="prompts that are answered; default 100")
+    vote.add_argument("--db", metavar="FILE", help="where the votes are kept; default votes.db beside the runs")
+    vote.add_argument("--export", metavar="FILE", help="write the votes as JSON lines, and serve nothing")
+    _address(vote, 8100)
+    about = "another name under which browsers ask for this page"
+    vote.add_argument("--allow-host", metavar="NAME", action="append", default=[], help=about)
+
+
+def _one_run(command) -> None:
+    command.add_argument(
+        "recipe", metavar="RECIPE", help="a recipe's name, whose runs are under runs/, or a run's directory"
+    )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--run", metavar="NAME", help="the run under runs/RECIPE/; default: the last DPO run")
+    which.add_argument("--best", action="store_true", help="the run that the recipe's sweep chose")
+
+
+def _address(command, port: int) -> None:
+    command.add_argument("--port", type=_port, default=port, metavar="N", help=f"default {port}")
+    about = "default 127.0.0.1, which only this machine reaches"
+    command.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=about)
+
+
 def _cache(commands) -> None:
     cache = _command(
         commands,
@@ -350,4 +418,10 @@ def _named(text: str) -> tuple[str, str]:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no count; write 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port; write a number from 1 to 65535")
     return int(text)

@@ -13,6 +13,7 @@ import numpy as np
 from alignlab.data.prompts import PromptSet
 from alignlab.evaluation.estimates import table_row
 from alignlab.evaluation.judge import (
+    NOT_VOTED_ON,
     Contest,
     Judge,
     RewardJudge,
@@ -191,8 +192,8 @@ def _scores_by_prompt(matches: Sequence[Matches], model: str) -> dict[int, dict[
 
 def unjudged_warning(match: Matches, of: str) -> list[str]:
     """Of a comparison without a single verdict."""
-    if any(y is not None for y in match.outcomes):
-        return []
+    if any(y is not None for y in match.outcomes) or all(v.how == NOT_VOTED_ON for v in match.verdicts):
+        return []  # people vote on the models in question alone
     ways = ", ".join(f"{n} {how}" for how, n in tally(match.verdicts).items() if how != "ties")
     return [f"none of {match.a}'s contests with {match.b}, {of}, has a verdict ({ways}); run again to go on"]
 
@@ -211,6 +212,8 @@ def judging_warnings(found: Comparison) -> list[str]:
             f"the judge contradicted itself on {found.disagreements} of {n} prompts when the replies of {names}, "
             f"changed places; these count as ties"
         )
+    if without := found.tally.get(NOT_VOTED_ON):
+        said.append(f"{without} of {without + n} prompts of {names}, were not voted on: n counts the others")
     missing = {how: found.tally[how] for how in ("unparseable", "failed", "not asked") if found.tally.get(how)}
     if missing:
         ways, count = ", ".join(f"{times} {how}" for how, times in missing.items()), sum(missing.values())

@@ -160,12 +160,12 @@ class Evaluator:
 
     def measure(self) -> Evaluation:
         """Everything that `eval.json` holds, but for the seconds it took."""
-        sets = [self.held_out, *self._files()]
+        sets = [self.held_out, *self.prompt_files()]
         self.outputs = find_replies(self.elsewhere, sets, self.tokenizer)
         self._announce(sets)
         preferences, length, slices, losses = self._preference()
         cost = self._perplexity()
-        replies = {each.name: self._replies(each) for each in sets}
+        replies = {each.name: self.replies_to(each) for each in sets}
         looks = self._watch(replies[HELD_OUT], losses, cost)
         cost += self._kl()
         self.loaded.hold()
@@ -247,7 +247,7 @@ class Evaluator:
         ]
         return min((p for p in positions if p), default=1 << 20) - self.decoding.max_new_tokens
 
-    def _files(self) -> list[PromptSet]:
+    def prompt_files(self) -> list[PromptSet]:
         column = self.options.prompt_column
         found = [read_prompts(file, self.form, self._room, column) for file in self.options.prompts]
         for line in describe_sets(found):
@@ -331,7 +331,7 @@ class Evaluator:
 
     # Replies
 
-    def _replies(self, prompts: PromptSet) -> dict[str, list[Reply]]:
+    def replies_to(self, prompts: PromptSet) -> dict[str, list[Reply]]:
         ids = [prompt.ids for prompt in prompts.prompts]
         drawn = {
             c.name: self.answers.replies(c, ids, self.decoding, f"replies, {prompts.name}") for c in self.candidates

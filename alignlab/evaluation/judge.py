@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Scores = Mapping[str, float]
-TIE = "tie"
+TIE, BOTH_BAD = "tie", "both_bad"  # people may find two replies bad, which counts as a tie
+NOT_VOTED_ON = "not voted on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Verdict:
 
     `outcome` is 1 where a is better, 0 where b is, ½ for a tie, none where it was not judged. `how` is one of judged,
     disagreement (the two orders gave different answers: a tie), identical (equal replies: a tie, nobody asked),
-    unparseable, failed, not asked.
+    unparseable, failed, not asked, not voted on.
     """
 
     outcome: float | None
@@ -251,46 +252,59 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 class Votes:
     """Human votes from a `.jsonl` or `.csv` file, one row a voter and a prompt.
 
-    A row has `prompt` (the text, or its number among the prompts, from 0), `winner` (a model's name, or tie) and,
-    where more than two models are compared, `models` (the two names; in a .csv with a | between). Several votes on one
-    prompt count with their mean: the outcome is then a share of voters, and its scatter over prompts is what the
-    interval sees.
+    A row has `prompt` (the text, or its number among the prompts, from 0), `winner` (a model's name, tie or both_bad)
+    and, where more than two models are compared, `models` (the two names; in a .csv with a | between). Several votes
+    on one prompt count with their mean: the outcome is then a share of voters, and its scatter over prompts is what
+    the interval sees.
     """
 
     path: Path
     by_pair: Mapping[frozenset[str], Mapping[str, Mapping[str, int]]]  # models → prompt → winner → votes
+    replies: Mapping[str, set[str]] = field(default_factory=dict)  # prompt → what was voted on, where votes hold it
 
     def judge(self, model_a: str, model_b: str) -> Judge:
-        """The judge of these two models' contests."""
+        """The judge of these two models' contests; it warns where their replies are not those that were voted on."""
         votes = self.by_pair.get(frozenset((model_a, model_b)), {})
-        return lambda contests: [_by_votes(votes.get(c.prompt, {}), model_a) for c in contests]
+
+        def judged(contests: Sequence[Contest]) -> list[Verdict]:
+            known = [c for c in contests if c.prompt in votes and c.prompt in self.replies]
+            if other := sum(not {c.reply_a, c.reply_b} <= self.replies[c.prompt] for c in known):
+                log.warning(
+                    "%s: %d of %d prompts were voted on with other replies than these of %s and %s; vote again, or "
+                    "evaluate as the replies were drawn",
+                    self.path, other, len(known), model_a, model_b,
+                )  # fmt: skip
+            return [_by_votes(votes.get(c.prompt, {}), model_a) for c in contests]
+
+        return judged
 
 
 def _by_votes(winners: Mapping[str, int], model_a: str) -> Verdict:
     if not winners:
-        return Verdict(None, "not asked")
-    total = sum(winners.values())
-    return Verdict((winners.get(model_a, 0) + winners.get(TIE, 0) / 2) / total, "judged")
+        return Verdict(None, NOT_VOTED_ON)
+    total, ties = sum(winners.values()), winners.get(TIE, 0) + winners.get(BOTH_BAD, 0)
+    return Verdict((winners.get(model_a, 0) + ties / 2) / total, "judged")
 
 
 def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Votes:
     """The votes of a file; raises `DataError` with the line of a row about an unknown prompt or model."""
     found: dict[frozenset[str], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    known = set(prompts)
+    known, replies = set(prompts), defaultdict(set)
     for place, row in _vote_rows(path):
-        if "winner" not in row:
-            raise DataError(
-                f"{place}: a vote has a prompt and a winner, one of {', '.join(models)} or {TIE}; this row has "
-                f"{', '.join(map(str, row))}"
-            )
+        for name in ("prompt", "winner"):
+            if row.get(name) is None:
+                raise DataError(f"{place}: {name} is missing; a vote has a prompt and a winner")
         pair = _voted_pair(place, row, models)
-        prompt, winner = _voted_prompt(place, row, prompts, known), row.get("winner")
-        if winner not in (*pair, TIE):
-            raise DataError(f"{place}: winner is {winner!r}, and not one of {', '.join(sorted(pair))} or {TIE}")
+        prompt, winner = _voted_prompt(place, row, prompts, known), row["winner"]
+        if winner not in (*pair, TIE, BOTH_BAD):
+            names = ", ".join([*sorted(pair), TIE])
+            raise DataError(f"{place}: winner is {winner!r}, and not one of {names} or {BOTH_BAD}")
         found[pair][prompt][winner] += 1
+        if isinstance(said := row.get("replies"), Mapping):
+            replies[prompt] |= {text for text in said.values() if isinstance(text, str)}
     if not found:
         raise DataError(f"{path}: no votes: the file is empty")
-    return Votes(path, found)
+    return Votes(path, found, replies)
 
 
 def _voted_pair(place: str, row: Mapping[str, Any], models: Sequence[str]) -> frozenset[str]:
@@ -314,7 +328,7 @@ def _voted_prompt(place: str, row: Mapping[str, Any], prompts: Sequence[str], kn
         return prompts[int(prompt)]
     raise DataError(
         f"{place}: prompt {str(prompt)[:60]!r} is not one of the {len(prompts)} judged;"
-        f" give its text or its number from 0 to {len(prompts) - 1}"
+        f" give its text or its number from 0 to {len(prompts) - 1}, or the file that it is from with --prompts"
     )
 
 

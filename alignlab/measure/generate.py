@@ -17,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation import BaseStreamer
 
 from alignlab.data.format import Stops
 from alignlab.measure.formulas import token_logps
@@ -40,17 +41,19 @@ def sample_replies(
     greedy: bool = False,
     batch_size: int = 16,
     first: int = 0,
+    streamer: BaseStreamer | None = None,
 ) -> list[Reply]:
     """One reply to each prompt (token ids), sampled at temperature 1 without top-k or top-p.
 
     Each batch has its own seed, so that the replies do not depend on which process draws a batch, nor on what was
-    drawn before; `first` is the number of the first batch. The caller's random state is left as it was.
+    drawn before; `first` is the number of the first batch. The caller's random state is left as it was. A `streamer`
+    gets the tokens of a single prompt's reply as they come.
     """
     replies = []
     for number, batch in enumerate(batches(prompts, batch_size), first):
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed * 1_000_003 + number)
-            replies += _sample(model, tokenizer, batch, max_new_tokens, greedy, stops)
+            replies += _sample(model, tokenizer, batch, max_new_tokens, greedy, stops, streamer)
     return replies
 
 
@@ -59,7 +62,7 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 
 @torch.no_grad()
-def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops: Stops) -> list[Reply]:
+def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops: Stops, streamer=None) -> list[Reply]:
     ids_BT, mask_BT = pad_left(prompts, tokenizer.pad_token_id, model.device)
     choice = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     how = GenerationConfig(
@@ -73,7 +76,9 @@ def _sample(model, tokenizer, prompts, max_new_tokens, greedy, stops: Stops) -> 
     was_training = model.training
     model.eval()
     with _own_settings_off(model):
-        out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, stopping_criteria=ends)
+        out_BT = model.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=how, stopping_criteria=ends, streamer=streamer
+        )
     model.train(was_training)
     return [_reply(tokenizer, row, stops) for row in out_BT[:, ids_BT.shape[1] :].tolist()]
 
