@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report export reproduce torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report export pairs rounds reproduce torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -70,6 +70,12 @@ report: install  ## one page from the run directories
 
 export: install  ## the merged model in TO, checked against the run
 	@$(BIN)/alignlab export $(RECIPE) --to $(or $(TO),exports/$(RECIPE)) $(ARGS)
+
+pairs: install   ## preference pairs from a run's own replies
+	@$(BIN)/alignlab pairs $(RECIPE) $(ARGS)
+
+rounds: install  ## iterative DPO: sample, judge, train, evaluate, again
+	@$(BIN)/alignlab rounds $(RECIPE) $(ARGS)
 
 reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py

@@ -92,6 +92,8 @@ def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         tokenizer, pairs = prepare_data(recipe)
         base = models.identify(section)
         made_from = _made_from(recipe, tokenizer, pairs, base) | {"start weights": parent.weights or parent.start}
+        if folder := section.reference_folder:
+            made_from["reference weights"] = models.weights_hash(Path(folder))
         if _is_made(run, made_from):
             return run
         _note_data(run, pairs)
@@ -437,7 +439,7 @@ def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft:
             monitor.check_probe("reference", reference, "SFT run", tuned, base, exact)
         elif base:
             monitor.check_probe("reference", reference, "base model", base, tuned, exact)
-    if section.reference == "base":
+    if section.reference == "base" or section.reference_folder:
         return
     monitor.check_probe("reference", reference, "policy", policy, None, exact)
     for pair in pairs.train.select(range(min(4, len(pairs.train)))):

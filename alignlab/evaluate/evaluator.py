@@ -26,6 +26,7 @@ from alignlab.evaluate.candidates import Bench, Candidate, Lineup, line_up, mode
 from alignlab.evaluate.contests import Matches
 from alignlab.evaluate.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluate.harm import HarmClassifier
+from alignlab.evaluate.judge import Judge
 from alignlab.evaluate.safety import safety_rows
 from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.facts.evaluation import (
@@ -88,11 +89,15 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    evaluator = Evaluator(line_up(runs), options)
+    return evaluate_and_keep(Evaluator(line_up(runs), options), folder_of(runs), options.asked)
+
+
+def evaluate_and_keep(evaluator: Evaluator, folder: Path, asked: Any) -> Path:
+    """Measures, and writes what came out into a folder, see `evaluation.keep`; `asked` tells it from others there."""
     began = time.monotonic()
     found = evaluator.measure()
     found = replace(found, seconds=round(time.monotonic() - began, 1))
-    return keep(folder_of(runs), options.asked, found, evaluator.reply_lines, evaluator.verdict_lines)
+    return keep(folder, asked, found, evaluator.reply_lines, evaluator.verdict_lines)
 
 
 def _check(options: Options) -> None:
@@ -116,7 +121,9 @@ class Judged:
 class Evaluator:
     """One evaluation: the models, the prompts they share, and what was found."""
 
-    def __init__(self, lineup: Lineup, options: Options):
+    def __init__(self, lineup: Lineup, options: Options, judge: Judge | None = None):
+        """`judge` judges in place of the one that the options name, whose name stands for it."""
+        self.own_judge = judge
         self.candidates, self.ours, self.against = lineup.candidates, lineup.ours, lineup.against
         self.options, self.recipe = options, lineup.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
@@ -234,6 +241,9 @@ class Evaluator:
 
     def _judge(self) -> tuple[str, str] | None:
         said = self.options.judge
+        if said and self.own_judge:
+            kind, _, name = said.partition(":")
+            return kind, name
         if said is None and self.recipe.data.source == "toy":
             said = "rule"
         return contests.read_judge(said)
@@ -358,7 +368,9 @@ class Evaluator:
         names = [candidate.name for candidate in self.candidates]
         texts = {each.name: [prompt.transcript for prompt in each.prompts] for each in sets}
         everything = [text for its in texts.values() for text in its]
-        seat = contests.seat_judge(self.judge, everything, names, self.options.url, self.options.max_requests)
+        seat = lambda a, b: self.own_judge
+        if self.own_judge is None:
+            seat = contests.seat_judge(self.judge, everything, names, self.options.url, self.options.max_requests)
         matches: dict[str, list[Matches]] = {each.name: [] for each in sets}
         for a, b in contests.every_two(names, self.ours.name, self.against.name):
             for of, its in matches.items():
