@@ -10,7 +10,9 @@ from built import evaluation, wins
 
 from alignlab.errors import DataError, RecipeError
 from alignlab.estimate import Estimate
+from alignlab.evaluate import watch
 from alignlab.evaluate.judge import Verdict
+from alignlab.generate import Reply
 from alignlab.model import weights_hash
 from alignlab.recipe import load_recipe
 from alignlab.rounds import rounds
@@ -19,7 +21,7 @@ from alignlab.rounds.scores import Seat
 from alignlab.run import Run
 from alignlab.train import prepare_data
 
-ROUNDS = "rounds: {count: 2, samples: 3, prompts: 24}\n"
+ROUNDS = "rounds: {count: 2, samples: 3, prompts: 40}\n"
 
 
 def as_short_as_can_be(contests) -> list[Verdict]:
@@ -154,9 +156,15 @@ def test_a_round_far_from_sft_is_told(here):
 
 
 def test_a_round_whose_replies_get_worse_is_told(here):
-    found = evaluation(wins(90, 0, 10), a="rounds-1", b="sft", signs={"rounds-1": ["length 20 → 45 tokens"]})
-    said = rounds._guards(work(), found, "rounds-1", {}, Estimate(1.0, 0.2))
-    assert said == ["replies got worse than SFT's: length 20 → 45 tokens"]
+    looks = {name: watch.look_at([[0]] * 9, said(tokens)) for name, tokens in (("sft", 20), ("rounds-1", 45))}
+    found = evaluation(wins(90, 0, 10), a="rounds-1", b="sft", table=watch.watch_rows(looks, "sft"))
+    told = rounds._guards(work(), found, "rounds-1", {}, Estimate(1.0, 0.2))
+    assert told == ["replies got worse than SFT's: length 22 → 47 tokens"]
+
+
+def said(tokens: int) -> list[Reply]:
+    """Nine replies of two more tokens each on average, no 4-gram in them twice."""
+    return [Reply(tuple(range(100 * i, 100 * i + tokens + i % 5)), "x", True) for i in range(9)]
 
 
 def test_the_table_fits_a_terminal(here):

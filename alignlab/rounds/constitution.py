@@ -95,7 +95,7 @@ def make_revisions(recipe: Recipe, run: Run, ask: Ask, constitution: str) -> Mad
     prompts = source.prompts(ask)
     replies = source.sample(prompts, samples, ask)
     dropped: Counter[str] = Counter()
-    sampled = list(usable_replies(source.form, prompts, replies, dropped))
+    sampled = list(usable_replies(source.form, prompts, replies, recipe.data.max_reply_tokens, dropped))
     drafts = [
         _Draft(each, reply, _drawn(principles, each, reply, ask.seed)) for each in sampled for reply in each.replies
     ]

@@ -100,7 +100,7 @@ def make_pairs(recipe: Recipe, run: Run, ask: Ask, judge: Seat | None = None) ->
     prompts = source.prompts(ask)
     replies = source.sample(prompts, samples, ask)
     dropped: Counter[str] = Counter()
-    sampled = list(usable_replies(source.form, prompts, replies, dropped))
+    sampled = list(usable_replies(source.form, prompts, replies, recipe.data.max_reply_tokens, dropped))
     several = [each for each in sampled if len(each.replies) > 1]
     dropped["prompts with fewer than two different replies"] += len(sampled) - len(several)
     transcripts, texts = [each.transcript for each in several], [each.replies for each in several]
@@ -175,7 +175,7 @@ def _rows(each: Sampled, scores: Scores, choose: Choose, meta: Mapping[str, Any]
 
 
 def usable_replies(
-    form: Format, prompts: Sequence[Prompt], replies: Sequence[Sequence[Reply]], dropped: Counter
+    form: Format, prompts: Sequence[Prompt], replies: Sequence[Sequence[Reply]], most_tokens: int, dropped: Counter
 ) -> Iterator[Sampled]:
     """Each prompt with those of its replies that can be judged and learned; the others are counted by reason."""
     for prompt, its in zip(prompts, replies, strict=True):
@@ -183,16 +183,20 @@ def usable_replies(
         if columns is None:
             dropped["prompts whose turns cannot be told from how they are written"] += 1
         else:
-            yield Sampled(prompt.transcript, columns, _usable(form, its, dropped))
+            yield Sampled(prompt.transcript, columns, _usable(form, prompt, its, most_tokens, dropped))
 
 
-def _usable(form: Format, replies: Sequence[Reply], dropped: Counter) -> list[str]:
+def _usable(form: Format, prompt: Prompt, replies: Sequence[Reply], most_tokens: int, dropped: Counter) -> list[str]:
     texts: dict[str, str] = {}
-    for reply in replies:
+    several = len(replies)
+    read = form.encoder.replies([prompt.text] * several, [prompt.ids] * several, [reply.text for reply in replies])
+    for reply, ids in zip(replies, read, strict=True):
         if not reply.text.strip():
             dropped["replies that are empty"] += 1
         elif form.special_token_in(reply.text):
             dropped["replies that spell a special token"] += 1
+        elif ids is None or len(ids) > most_tokens:
+            dropped["replies with more tokens once they are read as text"] += 1
         elif not reply.ended:
             dropped["replies cut at data.max_reply_tokens, whose end would be learned"] += 1
         elif reply.text.strip() in texts:

@@ -18,6 +18,7 @@ from alignlab.data import Prepared
 from alignlab.disk import write_record
 from alignlab.errors import DataError, RecipeError, RunError
 from alignlab.estimate import Estimate
+from alignlab.evaluate import watch
 from alignlab.evaluate.candidates import Lineup, line_up
 from alignlab.evaluate.evaluator import Evaluator, Options, evaluate_and_keep
 from alignlab.evaluate.judge import Judge
@@ -63,6 +64,7 @@ class Rounds:
     """What `rounds.json` holds."""
 
     recipe: str
+    sft: str  # the name of the run that they began at
     judge: str
     settings: RoundsSection
     rounds: Sequence[Round]
@@ -249,7 +251,9 @@ def _comparison(found: Evaluation, run: str, other: str) -> Comparison:
 
 def _guards(work: Work, found: Evaluation, run: str, against: Mapping[str, Comparison], kl: Estimate) -> list[str]:
     """Signs that a round only gets longer, repeats itself or collapses."""
-    said = [f"replies got worse than SFT's: {sign}" for sign in found.signs.get(run, ())]
+    form = [row for row in found.table if row.group == watch.GROUP]  # without the perplexity of others' replies
+    signs = watch.what_got_worse(form, run, work.sft.path.name) if form else []
+    said = [f"replies got worse than SFT's: {sign}" for sign in signs]
     for name, its in against.items():
         if (fair := its.length_controlled) and only_by_length(its):
             said.append(
@@ -273,6 +277,7 @@ def _told(work: Work, done: Sequence[Round]) -> Rounds:
     stopped = f"round {last.k} ends the rounds: {'; '.join(last.guards)}" if last.guards else None
     return Rounds(
         recipe=work.recipe.name,
+        sft=work.sft.path.name,
         judge=work.judge.name,
         settings=work.section,
         rounds=list(done),
@@ -302,11 +307,10 @@ def round_rows(found: Rounds) -> list[Row]:
     """One column a round."""
     measures = {
         "over SFT": ("win rate", SHARE, "higher", lambda each: each.win_rate_vs_sft),
-        "over the round before": ("win rate", SHARE, "higher", lambda each: each.win_rate_vs_previous),
-        "over SFT, equal length": ("win rate", SHARE, "higher", lambda each: each.at_equal_length),
+        "over the one before": ("win rate", SHARE, "higher", lambda each: each.win_rate_vs_previous),
+        "at equal length": ("win rate", SHARE, "higher", lambda each: each.at_equal_length),
         "KL from SFT": ("cost", "nats", "lower", lambda each: each.kl_estimate),
         "tokens a reply": ("cost", "", "", lambda each: Estimate(each.tokens)),
-        "pairs": ("cost", "", "", lambda each: Estimate(each.pairs)),
     }
     return [
         Row(
@@ -324,5 +328,5 @@ def write_page(found: Rounds, folder: Path, file: Path) -> Path:
     """The rounds side by side on one HTML page, with the SFT run they began at."""
     from alignlab.report.page import write_comparison
 
-    names = dict.fromkeys([*(each.run for each in found.rounds)])
+    names = [found.sft, *(each.run for each in found.rounds)]
     return write_comparison([folder / name for name in names], file.with_suffix(".html"))
