@@ -16,6 +16,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignlab.data import Prepared
 from alignlab.data.splits import dialogue_hash
 from alignlab.disk import check_writable, write_lines
@@ -188,8 +190,8 @@ def usable_replies(
 
 def _usable(form: Format, prompt: Prompt, replies: Sequence[Reply], most_tokens: int, dropped: Counter) -> list[str]:
     texts: dict[str, str] = {}
-    several = len(replies)
-    read = form.encoder.replies([prompt.text] * several, [prompt.ids] * several, [reply.text for reply in replies])
+    prompts, ids_of_prompt = [prompt.text] * len(replies), [np.array(prompt.ids)] * len(replies)
+    read = form.encoder.replies(prompts, ids_of_prompt, [reply.text for reply in replies])
     for reply, ids in zip(replies, read, strict=True):
         if not reply.text.strip():
             dropped["replies that are empty"] += 1
