@@ -77,7 +77,7 @@ pairs: install   ## preference pairs from a run's own replies
 rounds: install  ## iterative DPO: sample, judge, train, evaluate, again
 	@$(BIN)/alignlab rounds $(RECIPE) $(ARGS)
 
-reproduce: install  ## tiny over five seeds, and the README's table from it: about 15 minutes on two cores
+reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on

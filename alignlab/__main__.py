@@ -2,6 +2,6 @@
 
 import sys
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
 
 sys.exit(main())

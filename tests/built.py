@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignlab.estimate import Estimate
-from alignlab.facts.evaluation import Comparison, Evaluation, ModelFacts
-from alignlab.facts.runs import Evaluated, OnTest, RunFacts
-from alignlab.run import Limits, Manifest, Warned
-from alignlab.tables import WinRate
+from alignlab.runs.evaluation import Comparison, Evaluation, ModelFacts
+from alignlab.runs.facts import Evaluated, OnTest, RunFacts
+from alignlab.runs.run import Limits, Manifest, Warned
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import WinRate
 
 KL = Estimate(0.53, 0.04, 32, 0.45, 0.61)
 MANIFEST = {"stage": "dpo", "status": "finished", "steps": 200, "best_step": 150, "stop_reason": "all 200 steps done"}

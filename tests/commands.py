@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from alignlab.run import Run
+from alignlab.runs.run import Run
 
 TIMES = {"time", "eval/runtime", "eval/samples_per_second", "eval/steps_per_second"}
 

@@ -92,8 +92,8 @@ def tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from alignlab import toy
-    from alignlab.recipe import ToySection
+    from alignlab.data import toy
+    from alignlab.recipe.load import ToySection
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignlab.layout import NOTHING, lay_out
+from alignlab.models.layout import NOTHING, lay_out
 
 GIB = 2**30
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.data import prepare, prepare_replies
+from alignlab.data.files import read_file
 from alignlab.data.layouts import find_reader
+from alignlab.data.prepare import prepare, prepare_replies
 from alignlab.doctor.reading import reading_findings
 from alignlab.errors import DataError
-from alignlab.files import read_file
-from alignlab.recipe import DataSection, SFTDataSection
+from alignlab.recipe.load import DataSection, SFTDataSection
 
 CASES = Path(__file__).parent / "cases"
 GARDEN = " How do I grow tomatoes number 0?"

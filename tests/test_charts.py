@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import Estimate
-from alignlab.report.charts import VARIABLES, draw_curves, draw_features, draw_frontier, draw_lengths, in_page
-from alignlab.report.curves import Chart, Frontier, Mark, Member, Point, Series
-from alignlab.run import Feature, Histogram
-from alignlab.tables import ellipsis
+from alignlab.reports.charts import VARIABLES, draw_curves, draw_features, draw_frontier, draw_lengths, in_page
+from alignlab.reports.curves import Chart, Frontier, Mark, Member, Point, Series
+from alignlab.runs.run import Feature, Histogram
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import ellipsis
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -55,9 +55,9 @@ def test_every_colour_in_a_page_is_the_pages():
 def test_the_page_defines_every_colour_of_the_drawings():
     from pathlib import Path
 
-    from alignlab import report
+    from alignlab import reports
 
-    css = Path(report.__file__).with_name("report.css").read_text()
+    css = Path(reports.__file__).with_name("report.css").read_text()
     for colour, name in VARIABLES.items():
         assert f"--{name}: {colour};" in css, "the light colours are the drawings' own"
         assert css.count(f"--{name}:") >= 2, "and there are dark ones"

@@ -11,15 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab import cli, disk
-from alignlab import run as runs
+from alignlab import disk
+from alignlab.cli import commands as cli
 from alignlab.errors import RecipeError, RunError
-from alignlab.estimate import Estimate
-from alignlab.facts.sweep import columns_of, settings_of
-from alignlab.recipe import consumed, write_yaml
-from alignlab.run import Run, find_run, read_sweep
-from alignlab.sweep.choice import Measured, choose, collect, render
-from alignlab.sweep.members import Members, find_members
+from alignlab.recipe.load import consumed, write_yaml
+from alignlab.runs import run as runs
+from alignlab.runs.run import Run, find_run, read_sweep
+from alignlab.runs.sweep import columns_of, settings_of
+from alignlab.sweeps.choice import Measured, choose, collect, render
+from alignlab.sweeps.members import Members, find_members
+from alignlab.text.estimate import Estimate
 
 
 def write_run(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
 
 DATA = "data: {{source: {source}, path: {path}}}\n"
 MODEL = "model: {{name: {name}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}\n"
@@ -170,7 +170,8 @@ def test_help_is_fast_and_needs_no_torch():
     """Measured 0.04 s; the bound is for a loaded machine."""
     began = time.perf_counter()
     code = (
-        "import sys; from alignlab.cli import main\ntry: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
+        "import sys; from alignlab.cli.commands import main\n"
+        "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
     assert time.perf_counter() - began < 1.5

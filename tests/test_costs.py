@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from alignlab.doctor.costs import PEAK_TFLOPS, UTILIZATION, Rows, costs
-from alignlab.recipe import load_recipe
+from alignlab.recipe.load import load_recipe
 
 ROWS = {"sft": Rows(1000, prompt=100, chosen=50), "dpo": Rows(1000, prompt=100, chosen=50, rejected=30)}
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.disk import append_line
-from alignlab.facts.logs import NAMES, read_metrics
-from alignlab.report.curves import OF_ONE, OF_SEVERAL, Mark, Point, draw_up, thin
-from alignlab.run import Limits
+from alignlab.reports.curves import OF_ONE, OF_SEVERAL, Mark, Point, draw_up, thin
+from alignlab.runs.logs import NAMES, read_metrics
+from alignlab.runs.run import Limits
 
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import disk, pretrain, store
-from alignlab.cli import main
-from alignlab.fields import library_settings
-from alignlab.recipe import ToySection
-from alignlab.run import Run
+from alignlab import disk
+from alignlab.cli.commands import main
+from alignlab.models import pretrain
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import ToySection
+from alignlab.runs.run import Run
+from alignlab.train import store
 
 EVAL = ("eval", "plain", "--replies", "8", "--max-new-tokens", "8")
 DPO, EXPORT, REPORT = ("dpo", "plain", "--run", "again"), ("export", "plain", "--to", "out"), ("report", "plain")

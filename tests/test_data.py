@@ -18,13 +18,14 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignlab.data import preparation, prepare, sft_rows, write_pairs
+from alignlab.data import preparation
 from alignlab.data.layouts import find_reader
 from alignlab.data.pairing import CUT, FOLDED, SHORTENED
+from alignlab.data.prepare import prepare, sft_rows, write_pairs
 from alignlab.data.rows import configs_named
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError, MachineError, ModelError, RecipeError
-from alignlab.recipe import DataSection, ToySection
+from alignlab.recipe.load import DataSection, ToySection
 
 SHARED = Path(__file__).parents[2] / "shared"
 HH = SHARED / "data" / "hh-rlhf"
@@ -510,7 +511,7 @@ def test_a_path_that_is_not_there_is_answered_with_the_nearest_name(tmp_path, wo
 def hub_error(path, **environment):
     """What find_parts says about a hub id, in a process that talks to another hub."""
     code = (
-        "import sys\nfrom alignlab.recipe import DataSection\nfrom alignlab.data.rows import find_parts\n"
+        "import sys\nfrom alignlab.recipe.load import DataSection\nfrom alignlab.data.rows import find_parts\n"
         "try:\n    find_parts(DataSection(source='pairs', path=sys.argv[1]))\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
@@ -591,13 +592,13 @@ def test_written_pairs_read_back_as_the_same_data(tmp_path, words):
 
 
 def test_preparing_leaves_torch_and_transformers_to_those_who_need_them():
-    code = "import sys, alignlab.data; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
+    code = "import sys, alignlab.data.prepare; print({'torch', 'trl', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_one_line_of_log_says_how_many_rows_were_kept(tmp_path, words, caplog):
-    with caplog.at_level(logging.INFO, "alignlab.data"):
+    with caplog.at_level(logging.INFO, "alignlab.data.prepare"):
         prepare_rows(tmp_path, words, [hh_row("same", "a", "a")])
     assert "41 rows read: 40 kept, 1 dropped" in caplog.text
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.data import prepare
+from alignlab.data.prepare import prepare
 from alignlab.doctor.description import describe
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 
 def row(human: str, chosen: str, rejected: str, split: str = "train") -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab import disk
-from alignlab.cli import main
+from alignlab.cli.commands import main
 from alignlab.data.ledger import make_folder
 
 values = st.recursive(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: (?P<why>[^>]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)```", re.DOTALL)
 IDS = [page.name for page in PAGES]
 
@@ -49,7 +51,17 @@ def test_every_link_resolves(page):
 
 
 def test_every_page_answers_a_question_and_the_readme_names_it():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in PAGES:
+    readme = README.read_text(encoding="utf-8")
+    for page in PAGES[1:]:
         assert f"docs/{page.name}" in readme, page.name
         assert page.read_text(encoding="utf-8").startswith("# "), page.name
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 8192
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "recipes.md"])
+def test_a_page_made_from_the_code_is_as_the_code_says(page):
+    made = runpy.run_path(str(ROOT / "docs" / "make.py"))["PAGES"][page]()
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, "python docs/make.py"

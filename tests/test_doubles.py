@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab.data import Prepared, prepare
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.prepare import Prepared, prepare
+from alignlab.data.prompts import as_transcript
 from alignlab.data.splits import SPLITS
+from alignlab.data.transcript import Turn
 from alignlab.doctor.doubles import QUOTED, double_findings, human_turns, letters, quote
-from alignlab.format import Dialogue, Format
-from alignlab.prompts import as_transcript
-from alignlab.recipe import DataSection
-from alignlab.text import UNSAFE
-from alignlab.transcript import Turn
+from alignlab.recipe.load import DataSection
+from alignlab.text.safe import UNSAFE
 
 HOSTILE = ("\x00\x1b[31m\r\n", "\u202eevil\u200f", "你好，世界。" * 20, "a" * 10**6, "🙂", "e\u0301", "")
 
@@ -173,7 +173,7 @@ def test_a_held_out_prompt_that_training_has_is_an_overlap():
     found = found_in(rows)
     assert {name: one.count for name, one in found.items() if one.count} == {"overlap": 1}
     assert found["overlap"].of == 2 and found["overlap"].level == "wrong"
-    assert found["overlap"].shown[0] == ("test", 0, 'beside train pair 0: "Human: how are you\\n\\nAssistant:"')
+    assert found["overlap"].shown[0] == ("test", 0, 'beside train pair 0: "Human: how are you Assistant:"')
 
 
 def test_a_dialogue_at_another_depth_is_an_overlap_of_dialogues():

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from commands import same
 
-from alignlab.monitor import EvaluateAtEnd
-from alignlab.recipe import load_recipe
-from alignlab.run import Run, last_whole_checkpoint, mark_complete
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Run, last_whole_checkpoint, mark_complete
+from alignlab.train.callbacks import EvaluateAtEnd
 
 RECIPE = """
 about: a run of seconds
@@ -42,12 +42,15 @@ CASES = [
     for scheduler in ("cosine", "constant")
     if (stage, ending) != ("sft", "guard")  # which looks at what only DPO has
 ]
-AFTER_TRAINING, BEFORE_THE_MODEL = ("alignlab.trainers", "_Seams._load_best_model"), ("alignlab.train", "_finish")
+AFTER_TRAINING, BEFORE_THE_MODEL = (
+    ("alignlab.train.trainers", "_Seams._load_best_model"),
+    ("alignlab.train.stages", "_finish"),
+)
 
 
 def train(stage: str, file: Path, settings: list[str], name: str, die_at=None, signalled=None) -> None:
     """What a forked process does: one run, which may kill itself at a function, or send itself a signal at a step."""
-    from alignlab import train as stages
+    from alignlab.train import stages
 
     if die_at:
         kill_itself_at(*die_at)
@@ -86,7 +89,7 @@ def start(folders, tmp_path_factory):
     file = folder / "short.yaml"
     file.write_text(RECIPE.format(model=folders["llama"]))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["alignlab.train"])
+    processes.set_forkserver_preload(["alignlab.train.stages"])
 
     def run(stage: str, settings: list[str], name: str, code: int = 0, **how) -> Run:
         settings = settings if stage == "sft" else [*settings, "sft.max_steps=2"]

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
-from alignlab.evaluate.endpoint import PROMPT_FILE, EndpointJudge, read_answer, read_prompt
-from alignlab.evaluate.judge import Contest, judge_contests, tally
+from alignlab.evaluation.endpoint import PROMPT_FILE, EndpointJudge, read_answer, read_prompt
+from alignlab.evaluation.judge import Contest, judge_contests, tally
 
 KEY = "right-key"
 LENGTHS = [(1, 2), (5, 3), (4, 4), (2, 9), (7, 1), (3, 6), (8, 8), (9, 2)]
@@ -192,8 +192,8 @@ def test_no_more_requests_at_once_than_asked_for(server):
 PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs do without
-from alignlab.evaluate.endpoint import EndpointJudge
-from alignlab.evaluate.judge import Contest, judge_contests
+from alignlab.evaluation.endpoint import EndpointJudge
+from alignlab.evaluation.judge import Contest, judge_contests
 contests = [Contest(f"Question {i}?", "a" * (i % 7 + 1), "b" * (i % 5 + 1)) for i in range(40)]
 print([v.outcome for v in judge_contests(EndpointJudge("longer+slow", sys.argv[1], concurrency=4), contests)])
 """

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from alignlab.estimate import Estimate, mean_estimate, share_estimate
+from alignlab.text.estimate import Estimate, mean_estimate, share_estimate
 
 WIN_RATES, TIE_RATES = (0.5, 0.7), (0, 0.2, 0.4)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import Estimate, mean_estimate
-from alignlab.evaluate.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
-from alignlab.quality import distinct
+from alignlab.evaluation.estimates import clustered, distinct_values, perplexity_values, ratio_values, table_row
+from alignlab.measure.quality import distinct
+from alignlab.text.estimate import Estimate, mean_estimate
 
 DRAW = np.random.default_rng(0)
 

@@ -15,21 +15,22 @@ from commands import alignlab, kill_when
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab import cli, toy
-from alignlab import model as models
+from alignlab.cli import commands as cli
+from alignlab.data import toy
+from alignlab.data.format import Format
 from alignlab.disk import read_lines
 from alignlab.errors import AlignlabError, RunError
-from alignlab.evaluate import answers
-from alignlab.evaluate.candidates import Bench, line_up
-from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.facts.evaluation import read_evaluation
-from alignlab.format import Format
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.lineup import find_runs
-from alignlab.measures import kl_per_reply
-from alignlab.recipe import load_recipe
-from alignlab.run import Run
-from alignlab.train import prepare_data, train_dpo, train_sft
+from alignlab.evaluation import answers
+from alignlab.evaluation.candidates import Bench, line_up
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.measure.formulas import kl_per_reply
+from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.models import load as models
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.evaluation import read_evaluation
+from alignlab.runs.lineup import find_runs
+from alignlab.runs.run import Run
+from alignlab.train.stages import prepare_data, train_dpo, train_sft
 
 QUICK = Options(replies=12, max_new_tokens=12)
 

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignlab.errors import RunError
-from alignlab.estimate import Estimate
-from alignlab.facts.evaluation import (
+from alignlab.recipe.load import TargetsSection
+from alignlab.reports.page import write_report
+from alignlab.reports.replies import judged_replies
+from alignlab.runs.evaluation import (
     FILE,
     REPLIES,
     Evaluation,
@@ -26,10 +28,8 @@ from alignlab.facts.evaluation import (
     read_evaluation,
     targets_figures,
 )
-from alignlab.recipe import TargetsSection
-from alignlab.report.page import write_report
-from alignlab.report.replies import judged_replies
-from alignlab.tables import Row, WinRate
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import Row, WinRate
 
 RATE = wins(68, 40, 9)
 ROW = Row(group="win rate", measure="over sft", unit="share", values={"dpo": RATE}, change={"dpo": None}, note="x")

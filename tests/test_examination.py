@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from commands import alignlab
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
 from alignlab.disk import read_record
 from alignlab.doctor.finding import LEVELS, NAMES
 from alignlab.doctor.page import render
-from alignlab.facts.runs import read_run
-from alignlab.run import EXAMINATION
+from alignlab.runs.facts import read_run
+from alignlab.runs.run import EXAMINATION
 
 ESCAPE = "\x1b[31m"
 RECIPE = "about: rows of one file\nextends: tiny\ndata: {source: hh-rlhf, path: rows.jsonl}\n"

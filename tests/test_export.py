@@ -16,21 +16,22 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.transcript import Turn, split_last_turn, split_turns
 from alignlab.disk import seal
 from alignlab.errors import AlignlabError
-from alignlab.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, difference, export
-from alignlab.export.card import chosen_from, is_local
-from alignlab.export.chat import chat_template
-from alignlab.export.difference import BASE, EXACT, ROUNDING, compare
-from alignlab.format import Dialogue, Format
-from alignlab.model import weights_hash
-from alignlab.recipe import load_recipe
-from alignlab.run import Run, find_run, finished, seal_files
-from alignlab.tables import figure
-from alignlab.text import paths_in, publishable
-from alignlab.train import train_dpo, train_sft
-from alignlab.transcript import Turn, split_last_turn, split_turns
+from alignlab.exports import difference
+from alignlab.exports.card import chosen_from, is_local
+from alignlab.exports.chat import chat_template
+from alignlab.exports.difference import BASE, EXACT, ROUNDING, compare
+from alignlab.exports.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Run, find_run, finished, seal_files
+from alignlab.text.safe import paths_in, publishable
+from alignlab.text.tables import figure
+from alignlab.train.stages import train_dpo, train_sft
 
 RECIPE = """
 about: seconds on a CPU

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab.data import prepare
+from alignlab.data.files import READERS, read_file
+from alignlab.data.prepare import prepare
 from alignlab.errors import AlignlabError, DataError, MachineError
-from alignlab.files import READERS, read_file
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 ROWS = [{"prompt": f'say "{n}",\nplease', "chosen": "yes, é", "rejected": "no\u2028"} for n in range(5)]
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from alignlab.data import prepare, sft_rows
+from alignlab.data.format import WRITINGS, Dialogue, Format
+from alignlab.data.prepare import prepare, sft_rows
+from alignlab.data.transcript import Turn
 from alignlab.errors import DataError
-from alignlab.format import WRITINGS, Dialogue, Format
-from alignlab.generate import sample_replies
-from alignlab.recipe import DataSection
-from alignlab.transcript import Turn
+from alignlab.measure.generate import sample_replies
+from alignlab.recipe.load import DataSection
 
 SHARED = Path(__file__).parents[2] / "shared"
 TEMPLATES = {  # how each is written in its model's own tokenizer_config.json, cut to what text dialogues need

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from alignlab.format import Format
-from alignlab.generate import pad_left, reply_logits, reply_logps
-from alignlab.generate import sample_replies as sample
+from alignlab.data.format import Format
+from alignlab.measure.generate import pad_left, reply_logits, reply_logps
+from alignlab.measure.generate import sample_replies as sample
 
 NEXT_TURN = "\n\nHuman:"
 ARCHITECTURES = ["gpt2", "llama", "mistral"]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from alignlab.guards import GUARDS, alarms
-from alignlab.recipe import MonitorSection
+from alignlab.recipe.load import MonitorSection
+from alignlab.train.guards import GUARDS, alarms
 
 START = {
     "step": 0,

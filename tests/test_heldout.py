@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from alignlab.heldout import preference, probe, reply_perplexity, score_pairs
+from alignlab.measure.heldout import preference, probe, reply_perplexity, score_pairs
 
 BETA = 0.3
 ROWS = [

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from alignlab import toy
+from alignlab.data import toy
 from alignlab.errors import DataError, ModelError
-from alignlab.evaluate.judge import (
+from alignlab.evaluation.judge import (
     Contest,
     Judgement,
     RewardJudge,
@@ -23,7 +23,7 @@ from alignlab.evaluate.judge import (
     read_votes,
     tally,
 )
-from alignlab.recipe import ToySection
+from alignlab.recipe.load import ToySection
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
@@ -110,7 +110,7 @@ def test_equal_replies_are_never_shown_to_a_judge():
 
 
 def test_the_rules_need_no_client_of_a_judge_server():
-    program = "import sys, alignlab.evaluate; print('openai' in sys.modules)"
+    program = "import sys, alignlab.evaluation; print('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from commands import alignlab, same, wait_until
 
-from alignlab import launch
 from alignlab.disk import read_lines
 from alignlab.errors import MachineError, RunError
-from alignlab.recipe import load_recipe
-from alignlab.run import Run
-from alignlab.train import train_dpo
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Run
+from alignlab.train import launch
+from alignlab.train.stages import train_dpo
 
 COMPARED = {"train/loss", "eval/loss", "eval/kl", "eval/rewards/margins", "eval/reply_tokens"}
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"

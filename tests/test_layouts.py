@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignlab.data import prepare, prepare_replies, sft_rows
 from alignlab.data.layouts import LAYOUTS, find_reader
+from alignlab.data.prepare import prepare, prepare_replies, sft_rows
 from alignlab.data.splits import SPLITS
 from alignlab.errors import DataError
-from alignlab.recipe import DataSection, SFTDataSection, Source
+from alignlab.recipe.load import DataSection, SFTDataSection, Source
 
 SHARED = Path(__file__).parents[2] / "shared"
 PREFERENCE = SHARED / "data" / "preference"

@@ -8,14 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.measures import (
-    dpo_loss,
-    kl_per_reply,
-    kl_per_token,
-    perplexity,
-    rewards,
-    token_logps,
-)
+from alignlab.measure.formulas import dpo_loss, kl_per_reply, kl_per_token, perplexity, rewards, token_logps
 
 LN2, LN3 = math.log(2), math.log(3)
 logits = st.lists(st.floats(-20, 20), min_size=5, max_size=5)

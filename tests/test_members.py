@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab.cli import main
-from alignlab.fields import library_settings
-from alignlab.recipe import load_recipe, run_name
-from alignlab.sweep.members import commands, find_members
+from alignlab.cli.commands import main
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import load_recipe, run_name
+from alignlab.sweeps.members import commands, find_members
 
 
 def test_members_are_each_beta_with_each_combination_of_the_grid(small):
@@ -97,6 +97,6 @@ def test_printing_and_collecting_import_no_torch(small):
     library_settings()  # the first recipe after an installation reads the libraries' fields, once
     heavy = "print([name for name in ('torch', 'trl', 'transformers', 'datasets') if name in sys.modules])"
     for mode in ("--print", "--collect"):
-        program = f"import sys\nfrom alignlab.cli import main\nmain(['sweep', 'small', '{mode}'])\n{heavy}"
+        program = f"import sys\nfrom alignlab.cli.commands import main\nmain(['sweep', 'small', '{mode}'])\n{heavy}"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "[]", done

@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alignlab import model as models
-from alignlab import packing
-from alignlab.cli import main
+from alignlab.cli.commands import main
+from alignlab.data.format import Stops
 from alignlab.errors import ModelError
-from alignlab.format import Stops
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.measures import kl_per_reply
-from alignlab.plan import memory, outline, steps
-from alignlab.plan.fakes import Fakes, Meter, held_tensors
-from alignlab.plan.memory import GIB, plan
-from alignlab.plan.page import change, disk, larger_batch, plan_line, verdict
-from alignlab.probe import probe
-from alignlab.recipe import load_recipe
+from alignlab.measure.formulas import kl_per_reply
+from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.memory import memory, outline, steps
+from alignlab.memory.fakes import Fakes, Meter, held_tensors
+from alignlab.memory.page import change, disk, larger_batch, plan_line, verdict
+from alignlab.memory.plan import GIB, plan
+from alignlab.models import load as models
+from alignlab.models import packing
+from alignlab.recipe.load import load_recipe
+from alignlab.train.probe import probe
 
 RECIPE = """
 data: {{source: toy, max_prompt_tokens: 72, max_reply_tokens: 48, toy: {{pairs: 60}}}}
@@ -256,7 +256,7 @@ def test_the_kl_takes_what_is_planned(load, recipe_of):
 def test_as_many_replies_are_scored_at_once_as_are_planned():
     import inspect
 
-    from alignlab.generate import reply_logps
+    from alignlab.measure.generate import reply_logps
 
     assert inspect.signature(reply_logps).parameters["batch_size"].default == steps.AT_ONCE
 
@@ -266,7 +266,8 @@ def test_as_many_replies_are_scored_at_once_as_are_planned():
 
 def test_help_is_light():
     program = (
-        "import sys, alignlab.cli\ntry:\n    alignlab.cli.main(['plan', '--help'])\nexcept SystemExit:\n    pass\n"
+        "import sys\nfrom alignlab.cli.commands import main\n"
+        "try:\n    main(['plan', '--help'])\nexcept SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

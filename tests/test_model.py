@@ -23,11 +23,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from alignlab import model as models
 from alignlab.errors import MachineError, ModelError
-from alignlab.model import Start, find_start, load_policy, load_tokenizer, load_weights, settle_adapters, weights_hash
-from alignlab.recipe import ModelSection
-from alignlab.run import Run
+from alignlab.models import load as models
+from alignlab.models.load import (
+    Start,
+    find_start,
+    load_policy,
+    load_tokenizer,
+    load_weights,
+    settle_adapters,
+    weights_hash,
+)
+from alignlab.recipe.load import ModelSection
+from alignlab.runs.run import Run
 
 ARCHITECTURES = ["gpt2", "llama", "mistral"]
 LORA = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -628,8 +636,8 @@ def test_a_base_is_known_by_content_where_its_folder_has_moved(adapters, folders
 def test_the_settings_of_equal_adapters_are_equal_files(folders, tmp_path):
     """PEFT writes a set in the order of the process's hash seed."""
     program = (
-        "import sys; from alignlab.model import add_adapter, load_weights, settle_adapters\n"
-        "from alignlab.recipe import ModelSection\n"
+        "import sys; from alignlab.models.load import add_adapter, load_weights, settle_adapters\n"
+        "from alignlab.recipe.load import ModelSection\n"
         "lora = {'r': 2, 'target_modules': 'all-linear'}\n"
         "section = ModelSection(name=sys.argv[1], dtype='float32', lora=lora)\n"
         "model = add_adapter(load_weights(section), section)\n"

@@ -13,11 +13,12 @@ from fake_hub import serving
 from fake_wandb import KnowingNobody, NeverAnswering, Taking
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from alignlab import monitor
-from alignlab.arguments import wandb_is_off
 from alignlab.disk import find_damage
 from alignlab.errors import ModelError
-from alignlab.monitor import (
+from alignlab.recipe.arguments import wandb_is_off
+from alignlab.runs.run import Run
+from alignlab.train import callbacks as monitor
+from alignlab.train.callbacks import (
     EvaluateAtEnd,
     MetricsFile,
     WeightsMove,
@@ -28,7 +29,6 @@ from alignlab.monitor import (
     start_peak_memory,
     wandb_run,
 )
-from alignlab.run import Run
 
 LN2 = math.log(2)
 

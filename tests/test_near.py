@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_doubles import HOSTILE, asking, prepared_of
 
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.prompts import as_transcript
+from alignlab.data.transcript import Turn, split_pair
 from alignlab.doctor import near
 from alignlab.doctor.doubles import letters
 from alignlab.doctor.near import BANDS, GRAM, NEAR, ROWS, jaccard, near_earlier, near_findings, shingles
 from alignlab.errors import DataError
-from alignlab.format import Dialogue, Format
-from alignlab.prompts import as_transcript
-from alignlab.transcript import Turn, split_pair
 
 LONG = (
     "Please tell me in your own words how a sourdough loaf is made, from the flour to the oven, and what may go wrong"

@@ -22,11 +22,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from alignlab import layout as layouts
-from alignlab import packing
 from alignlab.errors import ModelError
-from alignlab.layout import NOTHING, SegmentMask, lay_out, place_segments, visible
-from alignlab.packing import decide, share_prefixes, unsupported
+from alignlab.models import layout as layouts
+from alignlab.models import packing
+from alignlab.models.layout import NOTHING, SegmentMask, lay_out, place_segments, visible
+from alignlab.models.packing import decide, share_prefixes, unsupported
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY, MAX_TOKENS, WINDOW = 512, 160, 24

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from faulty_judge import KEY
 
-from alignlab.cli import main
+from alignlab.cli.commands import main
+from alignlab.data.toy import score
 from alignlab.errors import DataError, RecipeError
-from alignlab.evaluate.judge import Verdict
-from alignlab.recipe import load_recipe
+from alignlab.evaluation.judge import Verdict
+from alignlab.recipe.load import load_recipe
 from alignlab.rounds.constitution import SHIPPED, make_revisions, read_constitution
 from alignlab.rounds.pairs import Ask, make_pairs, read_keep
 from alignlab.rounds.scores import seat
-from alignlab.toy import score
-from alignlab.train import prepare_data, train_sft
+from alignlab.train.stages import prepare_data, train_sft
 
 FEW = {"limit": 6, "samples": 3}
 

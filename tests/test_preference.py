@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignlab.evaluate.preference import (
+from alignlab.evaluation.preference import (
     Pairs,
     Rewards,
     length_facts,
@@ -16,7 +16,7 @@ from alignlab.evaluate.preference import (
     slices,
     subsets,
 )
-from alignlab.heldout import PairLogps, preference
+from alignlab.measure.heldout import PairLogps, preference
 
 DRAW = np.random.default_rng(1)
 

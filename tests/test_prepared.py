@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 
 from alignlab import disk
-from alignlab.data import identity, prepare
+from alignlab.data import identity
+from alignlab.data.prepare import prepare
 from alignlab.data.prepared import clear_prepared, find_or_make, list_prepared, prepared_folder
 from alignlab.errors import DataError
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

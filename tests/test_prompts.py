@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, texts_of, turns_of
+from alignlab.data.transcript import ASSISTANT, Turn, join_turns
 from alignlab.errors import DataError
-from alignlab.format import Dialogue, Format
-from alignlab.prompts import BENIGN, HARMFUL, as_transcript, describe_sets, read_prompts, texts_of, turns_of
-from alignlab.transcript import ASSISTANT, Turn, join_turns
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"

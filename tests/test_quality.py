@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.quality import distinct, repetition
+from alignlab.measure.quality import distinct, repetition
 
 REPLIES = st.lists(st.lists(st.integers(0, 5), max_size=12), max_size=6)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from alignlab.evaluate.ratings import rate
-from alignlab.evaluate.winrate import share_estimate
+from alignlab.evaluation.ratings import rate
+from alignlab.evaluation.winrate import share_estimate
 
 ELO = 400 / math.log(10)
 

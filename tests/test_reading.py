@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from alignlab.data import prepare
+from alignlab.data.prepare import prepare
 from alignlab.doctor.damage import find_damage
 from alignlab.doctor.reading import FEW_PAIRS, find_echoes, reading_findings
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 SHARES = {"validation_share": 0.2, "test_share": 0.2}
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alignlab import fields as library
 from alignlab.errors import RecipeError
-from alignlab.fields import Setting, library_settings
-from alignlab.listing import far_from_usual, list_recipes, show_arguments, show_recipe, without_effect
-from alignlab.recipe import consumed, load_recipe, run_name, write_yaml
-from alignlab.rules import INSTEAD, OWNED
-from alignlab.written import SHIPPED
+from alignlab.recipe import fields as library
+from alignlab.recipe.fields import Setting, library_settings
+from alignlab.recipe.load import consumed, load_recipe, run_name, write_yaml
+from alignlab.recipe.rules import INSTEAD, OWNED
+from alignlab.recipe.show import far_from_usual, list_recipes, show_arguments, show_recipe, without_effect
+from alignlab.recipe.written import SHIPPED
 
 MINIMAL = "data: {source: hh-rlhf, path: rows.jsonl}\nmodel: {name: some/model}\n"
 SHIPPED_FILES = sorted(SHIPPED.rglob("*.yaml"))
@@ -412,7 +412,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(monkeypatch, tmp_path):
 def test_a_typo_is_answered_within_a_second_without_torch():
     library_settings()  # warms the cache that the other process reads
     program = (
-        "import sys\nfrom alignlab.errors import RecipeError\nfrom alignlab.recipe import load_recipe\n"
+        "import sys\nfrom alignlab.errors import RecipeError\nfrom alignlab.recipe.load import load_recipe\n"
         "try: load_recipe('mistral', ['dpo.bta=0.3'])\n"
         "except RecipeError as error: print(error)\n"
         "print([name for name in ('torch', 'trl', 'transformers', 'peft') if name in sys.modules])"

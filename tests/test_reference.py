@@ -21,14 +21,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
-from alignlab import model as models
-from alignlab import reference, store, toy
+from alignlab.data import toy
 from alignlab.errors import MachineError, ModelError
-from alignlab.heldout import score_pairs
-from alignlab.recipe import ModelSection, ToySection
-from alignlab.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
-from alignlab.store import ReferenceIdentity, clear_store, list_store, pair_keys
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.measure.heldout import score_pairs
+from alignlab.models import load as models
+from alignlab.recipe.load import ModelSection, ToySection
+from alignlab.train import reference, store
+from alignlab.train.reference import complete, identify_reference, look_up, pairs_scored_online, worth_storing
+from alignlab.train.store import ReferenceIdentity, clear_store, list_store, pair_keys
+from alignlab.train.trainers import AlignDPOTrainer
 
 COLUMNS = ["ref_chosen_logps", "ref_rejected_logps"]
 ANY = ReferenceIdentity("a reference made up", {"weights": "of no model"})
@@ -605,6 +606,8 @@ def test_listing_the_store_needs_no_torch(pairs):
     import sys
 
     fill(pairs)
-    program = "import sys; from alignlab.store import list_store; print(list_store()[0].pairs, 'torch' in sys.modules)"
+    program = (
+        "import sys; from alignlab.train.store import list_store; print(list_store()[0].pairs, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.split() == ["40", "False"], done.stderr

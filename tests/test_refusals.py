@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 
-from alignlab.refusals import ERRORS, ERRORS_ON_HH, is_refusal, stated
+from alignlab.measure.refusals import ERRORS, ERRORS_ON_HH, is_refusal, stated
 
 REFUSALS = """
 I'm sorry, but I can't help with that.

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignlab.disk import append_line, write_lines
-from alignlab.facts.evaluation import REPLIES
-from alignlab.facts.logs import last_samples
-from alignlab.report.replies import (
+from alignlab.reports.replies import (
     PROMPT_CHARACTERS,
     REPLY_CHARACTERS,
     SHOWN,
@@ -21,7 +19,9 @@ from alignlab.report.replies import (
     sampled_replies,
     shortened,
 )
-from alignlab.text import harmless
+from alignlab.runs.evaluation import REPLIES
+from alignlab.runs.logs import last_samples
+from alignlab.text.safe import harmless
 
 GOOD, BAD = " Happy to help. Keep the soil loose.", " Look it up. Go away now."
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from alignlab import cli, disk
-from alignlab import run as runs
+from alignlab import disk
+from alignlab.cli import commands as cli
 from alignlab.errors import RunError
-from alignlab.report.find import find_runs
-from alignlab.report.page import report_line, write_comparison, write_report
-from alignlab.run import Run, find_run
+from alignlab.reports.find import find_runs
+from alignlab.reports.page import report_line, write_comparison, write_report
+from alignlab.runs import run as runs
+from alignlab.runs.run import Run, find_run
 
 SCRIPT = "<script>document.title='planted'</script><img src=x onerror=\"document.title='planted'\">"
 HOSTILE = (
@@ -632,7 +633,7 @@ def test_the_page_of_a_long_sweep_stays_small(tmp_path):
 
 def test_reports_import_no_torch():
     heavy = "[name for name in ('torch', 'transformers', 'trl', 'datasets', 'pandas', 'scipy') if name in sys.modules]"
-    program = f"import sys, alignlab.report.page, alignlab.report.charts; print({heavy})"
+    program = f"import sys, alignlab.reports.page, alignlab.reports.charts; print({heavy})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

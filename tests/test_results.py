@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.recipe import load_recipe
-from alignlab.run import Figures, Run
-from alignlab.train import train_dpo
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Figures, Run
+from alignlab.train.stages import train_dpo
 
 pytestmark = pytest.mark.slow
 

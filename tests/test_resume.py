@@ -13,7 +13,7 @@ import pytest
 from commands import alignlab, kill_when, same, timeless, wait_until, weights
 
 from alignlab.disk import read_lines
-from alignlab.run import Run, last_whole_checkpoint, opened
+from alignlab.runs.run import Run, last_whole_checkpoint, opened
 
 RECIPE = """
 about: a run of seconds

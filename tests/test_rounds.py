@@ -9,17 +9,17 @@ import pytest
 from built import evaluation, wins
 
 from alignlab.errors import DataError, RecipeError
-from alignlab.estimate import Estimate
-from alignlab.evaluate import watch
-from alignlab.evaluate.judge import Verdict
-from alignlab.generate import Reply
-from alignlab.model import weights_hash
-from alignlab.recipe import load_recipe
+from alignlab.evaluation import watch
+from alignlab.evaluation.judge import Verdict
+from alignlab.measure.generate import Reply
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import load_recipe
 from alignlab.rounds import rounds
 from alignlab.rounds.rounds import Round, Work, render, run_rounds
 from alignlab.rounds.scores import Seat
-from alignlab.run import Run
-from alignlab.train import prepare_data
+from alignlab.runs.run import Run
+from alignlab.text.estimate import Estimate
+from alignlab.train.stages import prepare_data
 
 ROUNDS = "rounds: {count: 2, samples: 3, prompts: 40}\n"
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab import cli
-from alignlab import run as runs
+from alignlab.cli import commands as cli
 from alignlab.disk import append_line, find_damage, read_lines, write_json, write_lines, write_text
 from alignlab.errors import RunError
-from alignlab.recipe import LONGEST_NAME, load_recipe, run_name
-from alignlab.run import Run, cut_back, opened
+from alignlab.recipe.load import LONGEST_NAME, load_recipe, run_name
+from alignlab.runs import run as runs
+from alignlab.runs.run import Run, cut_back, opened
 
 SETTINGS = {"data": {"source": "toy", "seed": 0}, "model": {"name": "toy", "lora": {"r": 16}}, "dpo": {"beta": 0.1}}
 rows = st.lists(
@@ -209,7 +209,7 @@ def test_a_run_that_did_not_start_has_no_manifest(tmp_path):
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     path = tmp_path / "dpo"
     hold = (
-        "import sys; from pathlib import Path; from alignlab.run import opened\n"
+        "import sys; from pathlib import Path; from alignlab.runs.run import opened\n"
         "with opened(Path(sys.argv[1]), 'dpo', {}, ''):\n"
         "    print('open', flush=True); sys.stdin.read()"
     )

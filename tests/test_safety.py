@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alignlab.data.prompts import BENIGN, HARMFUL, Prompt, PromptSet
 from alignlab.errors import DataError, ModelError
-from alignlab.evaluate.harm import HarmClassifier, harmful_labels
-from alignlab.evaluate.safety import safety_rows
-from alignlab.evaluate.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
-from alignlab.generate import Reply, reply_logps
-from alignlab.prompts import BENIGN, HARMFUL, Prompt, PromptSet
+from alignlab.evaluation.harm import HarmClassifier, harmful_labels
+from alignlab.evaluation.safety import safety_rows
+from alignlab.evaluation.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
+from alignlab.measure.generate import Reply, reply_logps
 
 NO, YES = Reply((1,), " I'm sorry, but I can't help with that.", True), Reply((2,), " Of course! First,", True)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignlab import samples as sampling
-from alignlab.estimate import mean_estimate
-from alignlab.format import Format, Stops
-from alignlab.generate import reply_logits, sample_replies
-from alignlab.measures import kl_per_reply, token_logps
-from alignlab.run import Run
-from alignlab.samples import HeldOutPrompts, Samples
-from alignlab.store import ReferenceIdentity, clear_store, list_store
+from alignlab.data.format import Format, Stops
+from alignlab.measure.formulas import kl_per_reply, token_logps
+from alignlab.measure.generate import reply_logits, sample_replies
+from alignlab.runs.run import Run
+from alignlab.text.estimate import mean_estimate
+from alignlab.train import samples as sampling
+from alignlab.train.samples import HeldOutPrompts, Samples
+from alignlab.train.store import ReferenceIdentity, clear_store, list_store
 
 TEXTS = ["\n\nHuman: Hello!\n\nAssistant:", "a", "\n\nHuman: How do I grow beans?\n\nAssistant:"]
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from alignlab import fields, recipe
-from alignlab.data import prepare
+from alignlab.data.prepare import prepare
 from alignlab.doctor import scan
 from alignlab.doctor.shortcuts import COUNTS, NAMES, accuracy, compare, feature, find_shortcuts, fit, measure, words_of
-from alignlab.recipe import DataSection
+from alignlab.recipe import fields
+from alignlab.recipe import load as recipe
+from alignlab.recipe.load import DataSection
 
 UNLIMITED = {"max_prompt_tokens": 10**6, "max_reply_tokens": 10**6}
 MIB = 2**20

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.data import prepare, prepare_replies
+from alignlab.data.prepare import prepare, prepare_replies
 from alignlab.data.splits import OTHER, SPLITS, split_named
 from alignlab.errors import DataError, RecipeError
-from alignlab.recipe import DataSection, SFTDataSection
+from alignlab.recipe.load import DataSection, SFTDataSection
 
 CASES = Path(__file__).parent / "cases"
 

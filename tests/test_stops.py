@@ -9,17 +9,17 @@ import chat_models as made
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from alignlab.cli import main
-from alignlab.data import prepare
+from alignlab.cli.commands import main
+from alignlab.data.format import Dialogue, Format
+from alignlab.data.prepare import prepare
+from alignlab.data.transcript import Turn
 from alignlab.disk import read_lines
-from alignlab.evaluate import Wishes, evaluate
-from alignlab.export import Wish, export, summarize
-from alignlab.format import Dialogue, Format
-from alignlab.generate import sample_replies
-from alignlab.model import find_stops, load_tokenizer
-from alignlab.recipe import DataSection, load_recipe
-from alignlab.train import train_dpo
-from alignlab.transcript import Turn
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.exports.export import Wish, export, summarize
+from alignlab.measure.generate import sample_replies
+from alignlab.models.load import find_stops, load_tokenizer
+from alignlab.recipe.load import DataSection, load_recipe
+from alignlab.train.stages import train_dpo
 
 CASE = Path(__file__).parent / "cases" / "13-end-of-turn.jsonl"
 RECIPE = """
@@ -119,7 +119,7 @@ def test_an_instruct_model_that_writes_only_its_end_of_turn(kind, tmp_path, monk
     if kind == "gemma":  # its chosen replies are what it writes, end included: nothing in them surprises it
         assert run.manifest.test.perplexity < 1.001
     assert run.manifest.test.eos_rate == 1.0 and list(run.manifest.stops) == ["<eos>", *KINDS[kind][3]]
-    found = json.loads(evaluate([run], Wishes(replies=4, max_new_tokens=40)).read_text())
+    found = json.loads(evaluate([run], Options(replies=4, max_new_tokens=40)).read_text())
     rows = {row["measure"]: row["values"] for row in found["table"]}
     assert rows["ended by itself"]["dpo"]["mean"] == rows["ended by itself"]["base"]["mean"] == 1.0
     assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
@@ -148,7 +148,7 @@ def test_alpacas_next_instruction_ends_a_reply_in_evaluation_as_in_training(tmp_
     model = made.save_parrot(tmp_path / "model", tokenizer, "\n", "Yes.\n\n### Instruction:\n")
     run = train_dpo(load_recipe(recipe_for(tmp_path, model, "alpaca")))
     assert {(row["reply"], row["ended"]) for row in run.samples()} == {("Yes.", True)}
-    found = json.loads(evaluate([run], Wishes(replies=4, max_new_tokens=40)).read_text())
+    found = json.loads(evaluate([run], Options(replies=4, max_new_tokens=40)).read_text())
     assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
     assert found["stops"] == list(run.manifest.stops) == ["<eos>", "\n\n### Instruction:"]
 
@@ -174,8 +174,10 @@ def test_kept_replies_are_those_of_the_same_stops(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = folder_of("gemma", tmp_path)
     run = train_dpo(load_recipe(recipe_for(tmp_path, folder)))
-    wishes = Wishes(replies=4, max_new_tokens=40)
-    texts = lambda: {t for c in json.loads(evaluate([run], wishes).read_text())["cases"] for t in c["replies"].values()}
+    options = Options(replies=4, max_new_tokens=40)
+    texts = lambda: {
+        t for c in json.loads(evaluate([run], options).read_text())["cases"] for t in c["replies"].values()
+    }
     assert texts() == {"Yes."}
     dot = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(".")
     GenerationConfig(eos_token_id=[0, dot]).save_pretrained(folder)

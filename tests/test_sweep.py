@@ -16,17 +16,18 @@ import pytest
 from commands import alignlab, same
 from transformers import GenerationMixin
 
-from alignlab import heldout, train
-from alignlab.cli import main
+from alignlab.cli.commands import main
 from alignlab.errors import RunError
-from alignlab.recipe import load_recipe
-from alignlab.report.page import write_report
-from alignlab.run import Run, find_run
-from alignlab.sweep.choice import collect
-from alignlab.sweep.members import find_members
-from alignlab.sweep.runner import run_members
-from alignlab.train import train_dpo, train_sft
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.measure import heldout
+from alignlab.recipe.load import load_recipe
+from alignlab.reports.page import write_report
+from alignlab.runs.run import Run, find_run
+from alignlab.sweeps.choice import collect
+from alignlab.sweeps.members import find_members
+from alignlab.sweeps.runner import run_members
+from alignlab.train import stages as train
+from alignlab.train.stages import train_dpo, train_sft
+from alignlab.train.trainers import AlignDPOTrainer
 
 RECIPE = """
 about: seconds on a CPU

@@ -12,17 +12,17 @@ import chat_models as made
 import pytest
 import trl
 
-from alignlab import model as models
-from alignlab.data import prepare
+from alignlab.data.format import FIXED_DAY, Dialogue, Format, training_template, with_settings
+from alignlab.data.prepare import prepare
+from alignlab.data.prompts import as_transcript
+from alignlab.data.transcript import Turn
 from alignlab.errors import DataError, ModelError
-from alignlab.export.chat import chat_template, reads_as_in_training
-from alignlab.format import FIXED_DAY, Dialogue, Format, training_template, with_settings
-from alignlab.listing import without_effect
-from alignlab.model import load_tokenizer
-from alignlab.prompts import as_transcript
-from alignlab.recipe import DataSection, load_recipe
-from alignlab.train import prepare_data
-from alignlab.transcript import Turn
+from alignlab.exports.chat import chat_template, reads_as_in_training
+from alignlab.models import load as models
+from alignlab.models.load import load_tokenizer
+from alignlab.recipe.load import DataSection, load_recipe
+from alignlab.recipe.show import without_effect
+from alignlab.train.stages import prepare_data
 
 SHIPPED = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
 OWN = {file.stem: file.read_text() for file in SHIPPED if not file.stem.endswith("_training")}
@@ -228,7 +228,7 @@ def test_what_a_reader_would_not_expect_is_said_in_a_line(template, form, line, 
     with caplog.at_level(logging.INFO, "alignlab"):
         prepare_data(load_recipe(str(tmp_path / "r.yaml")))
         prepare_data(load_recipe(str(tmp_path / "r.yaml")))
-    said = [r.getMessage() for r in caplog.records if r.name == "alignlab.model"]
+    said = [r.getMessage() for r in caplog.records if r.name == "alignlab.models.load"]
     assert [line in each for each in said] == ([True] if line else [])
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.cli import main
-from alignlab.text import UNSAFE, harmless, harmless_json, one_line
+from alignlab.cli.commands import main
+from alignlab.text.safe import UNSAFE, harmless, harmless_json, one_line
 
 ACTING = ("\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\r", "\x08", "\x7f", "\u202e", "\u2066", "\u200b", "\ufeff")
 RECIPE = """

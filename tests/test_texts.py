@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignlab import fields, recipe
-from alignlab.data import prepare
+from alignlab.data.prepare import prepare
 from alignlab.doctor import scan
 from alignlab.doctor.damage import find_damage, look
 from alignlab.doctor.texts import (
@@ -25,8 +24,10 @@ from alignlab.doctor.texts import (
     find_role_word_in_turns,
     signs,
 )
-from alignlab.recipe import DataSection
-from alignlab.text import UNSAFE
+from alignlab.recipe import fields
+from alignlab.recipe import load as recipe
+from alignlab.recipe.load import DataSection
+from alignlab.text.safe import UNSAFE
 
 UNLIMITED = {"max_prompt_tokens": 10**6, "max_reply_tokens": 10**6}
 MIB = 2**20

@@ -5,8 +5,8 @@ from statistics import mean
 
 import pytest
 
-from alignlab import toy
-from alignlab.recipe import ToySection
+from alignlab.data import toy
+from alignlab.recipe.load import ToySection
 
 SPLITS = ("train", "validation", "test")
 QUICK = ToySection(pairs=160)

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from alignlab import model as models
+from alignlab.disk import seal
 from alignlab.errors import ModelError, RunError
-from alignlab.model import weights_hash
-from alignlab.recipe import load_recipe
-from alignlab.run import Limits, Parent, Run, step_of
-from alignlab.train import train_dpo, train_sft
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.models import load as models
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import load_recipe
+from alignlab.runs.run import Limits, Parent, Run, step_of
+from alignlab.train.stages import train_dpo, train_sft
+from alignlab.train.trainers import AlignDPOTrainer
 
 
 @pytest.fixture
@@ -143,11 +144,14 @@ def test_model_start_takes_the_place_of_the_sft_run(recipe, tmp_path):
 
 
 def test_a_start_whose_weights_have_changed_is_refused(recipe, tmp_path):
-    """The folder is the same and the reference would be another: nothing goes on from there in silence."""
+    """The folder is the same, trained again, and the reference would be another: nothing goes on in silence."""
     sft = train_sft(recipe(), root=tmp_path)
     from_there = recipe("llama", f"model.start={sft.model}", "dpo.max_steps=2", "dpo.eval_steps=1")
     train_dpo(from_there, root=tmp_path)
     double_the_weights(sft.model / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors has changed since it was written; bring it back"):
+        train_dpo(from_there, root=tmp_path)
+    seal(sft.model)
     with pytest.raises(RunError, match=r"was made from something else: start weights was '\w+', is '\w+'; bring"):
         train_dpo(from_there, root=tmp_path)
 
@@ -328,7 +332,7 @@ def test_the_test_figures_are_a_plain_loop_over_the_test_pairs(recipe, tmp_path)
     """Margin, accuracy and loss from the DPO paper's equations, pair by pair, without padding, batches or TRL."""
     from peft import PeftModel
 
-    from alignlab.train import prepare_data
+    from alignlab.train.stages import prepare_data
 
     quick = recipe()
     run = train_dpo(quick, root=tmp_path)
@@ -371,7 +375,7 @@ def test_a_step_that_moves_nothing_is_refused(recipe, tmp_path):
 
 def test_trl_neither_cuts_nor_drops_after_preparation(recipe, tmp_path, monkeypatch):
     """Every prepared pair reaches the trainer with the ids it had."""
-    from alignlab.train import prepare_data
+    from alignlab.train.stages import prepare_data
 
     seen = []
     original = AlignDPOTrainer.__init__

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignlab.data.transcript import Turn, dialogue_key, join_turns, shorten, split_last_turn, split_pair, split_turns
 from alignlab.errors import DataError
-from alignlab.transcript import Turn, dialogue_key, join_turns, shorten, split_last_turn, split_pair, split_turns
 
 HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from alignlab import typed
 from alignlab.errors import RunError
-from alignlab.report.page import write_report
-from alignlab.run import Manifest, Run, find_run, read_sweep
-from alignlab.summary import summarize
-from alignlab.sweep.choice import collect
-from alignlab.sweep.members import find_members
+from alignlab.reports.page import write_report
+from alignlab.reports.summary import summarize
+from alignlab.runs import typed
+from alignlab.runs.run import Manifest, Run, find_run, read_sweep
+from alignlab.sweeps.choice import collect
+from alignlab.sweeps.members import find_members
 
 RUNS = Path(__file__).parent / "cases" / "runs"  # of the recipe `tiny`, cut to a few rows
 OTHERS = (None, "abc", "", -1, 0, 1.5, 10**400, True, [], {}, [None], [{}], ["a"], {"a": 1}, {"a": {}})
@@ -112,7 +112,8 @@ def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def mutated(tree: Any, draw: random.Random) -> tuple[Any, str]:
     """The same with one value removed or of another type, and the name of the field."""
     tree = copy.deepcopy(tree)
-    place = draw.choice(list(places(tree)))
+    field = draw.choice(list(tree))
+    place = draw.choice([place for place in places(tree) if place[0] == field])
     inner = tree
     for key in place[:-1]:
         inner = inner[key]
@@ -120,7 +121,7 @@ def mutated(tree: Any, draw: random.Random) -> tuple[Any, str]:
         del inner[place[-1]]
     else:
         inner[place[-1]] = draw.choice(OTHERS)
-    return tree, str(place[0])
+    return tree, field
 
 
 def read_all(root: Path) -> Iterator[str]:
@@ -129,6 +130,7 @@ def read_all(root: Path) -> Iterator[str]:
         lambda: write_report(root / "tiny" / "dpo"),
         lambda: write_report(root / "tiny"),
         lambda: summarize(Run(root / "tiny" / "dpo")),
+        lambda: summarize(Run(root / "tiny" / "sft")),
         lambda: find_run(str(root / "tiny")),
         lambda: find_run(str(root / "tiny"), best=True),
     )

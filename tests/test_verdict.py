@@ -9,11 +9,11 @@ from built import KL, evaluation, run_facts, share, warned, wins
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignlab.estimate import Estimate
-from alignlab.facts.runs import Evaluated, OnTest
-from alignlab.report.verdict import MOST_WORDS, compare_verdict, duration, side, signs, sweep_verdict, verdict
-from alignlab.run import Limits, Rows, Sweep, SweepMember
-from alignlab.tables import number, percent
+from alignlab.reports.verdict import MOST_WORDS, compare_verdict, duration, side, signs, sweep_verdict, verdict
+from alignlab.runs.facts import Evaluated, OnTest
+from alignlab.runs.run import Limits, Rows, Sweep, SweepMember
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import number, percent
 
 ACCURATE = OnTest(kl=KL, accuracy=share(1.0, 0.0, 250))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from alignlab.evaluate.estimates import table_row
-from alignlab.evaluate.watch import PERPLEXITY, copies, look_at, watch_rows, what_got_worse, worse_text
-from alignlab.generate import Reply
+from alignlab.evaluation.estimates import table_row
+from alignlab.evaluation.watch import PERPLEXITY, copies, look_at, watch_rows, what_got_worse, worse_text
+from alignlab.measure.generate import Reply
 
 PROMPT = list(range(100, 120))
 GOOD = Reply((1, 2, 3, 4, 5, 6, 0), " fine", True)

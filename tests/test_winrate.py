@@ -10,8 +10,8 @@ from scipy import stats
 from scipy.special import expit, logit
 from test_estimate import TIE_RATES, WIN_RATES, holds, outcomes_of
 
-from alignlab.estimate import share_estimate
-from alignlab.evaluate.winrate import length_controlled, sign_test, win_rate
+from alignlab.evaluation.winrate import length_controlled, sign_test, win_rate
+from alignlab.text.estimate import share_estimate
 
 # Sign test
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignlab import words
-from alignlab.words import PATTERNS, Encoder, cuts_at_spaces, encode_whole
+from alignlab.data import words
+from alignlab.data.words import PATTERNS, Encoder, cuts_at_spaces, encode_whole
 
 SHARED = Path(__file__).parents[2] / "shared"
 REAL = ("gpt2", "llama2", "mistral")

@@ -11,13 +11,13 @@ from typing import Any
 
 import xxhash
 
+from alignlab.data.format import Format
 from alignlab.data.rows import Part
-from alignlab.format import Format
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 PREPARING = (
-    *("files", "format", "toy", "transcript", "words"),
-    *("data/layouts", "data/ledger", "data/messages", "data/pairing", "data/preparation", "data/rows", "data/splits"),
+    *("files", "format", "layouts", "ledger", "messages", "pairing", "preparation", "rows", "splits", "toy"),
+    *("transcript", "words"),
 )
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 ELSEWHERE = (
@@ -62,5 +62,5 @@ def _code() -> str:
     """A hash of the modules that prepare, so that a change in one leaves older entries unread."""
     content = xxhash.xxh3_128()
     for name in PREPARING:
-        content.update((Path(__file__).parents[1] / f"{name}.py").read_bytes())
+        content.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return content.hexdigest()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any, Literal
 
+from alignlab.data.format import Dialogue
 from alignlab.data.messages import (
     SYSTEM,
     is_json,
@@ -26,10 +27,9 @@ from alignlab.data.messages import (
     unread_keys,
     whole_transcript,
 )
+from alignlab.data.transcript import HUMAN, Turn, split_pair, split_turns
 from alignlab.errors import DataError
-from alignlab.format import Dialogue
-from alignlab.recipe import DataSection
-from alignlab.transcript import HUMAN, Turn, split_pair, split_turns
+from alignlab.recipe.load import DataSection
 
 Fields = Mapping[str, Any]  # a row by the names of this module
 Sample = Mapping[str, Sequence[Any]]  # what some hundred rows hold in each column that is not empty

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from alignlab.data.files import Row
 from alignlab.data.pairing import Pair
 from alignlab.data.rows import Part
 from alignlab.data.splits import SPLITS
-from alignlab.files import Row
 
 if TYPE_CHECKING:
     import datasets

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from alignlab.data.transcript import ASSISTANT, HUMAN, Turn, split_turns
 from alignlab.errors import DataError
-from alignlab.transcript import ASSISTANT, HUMAN, Turn, split_turns
 
 SYSTEM = "System"  # a turn that only comes first, and that a Dialogue keeps apart
 ROLES = {

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignlab.data.files import Row
+from alignlab.data.format import Dialogue, Format
 from alignlab.data.layouts import Example
 from alignlab.data.rows import Part
 from alignlab.data.splits import SPLITS, carve, dialogue_hash
+from alignlab.data.transcript import Turn, check_replies, dialogue_key, shorten
 from alignlab.errors import DataError
-from alignlab.files import Row
-from alignlab.format import Dialogue, Format
-from alignlab.recipe import DataSection
-from alignlab.transcript import Turn, check_replies, dialogue_key, shorten
+from alignlab.recipe.load import DataSection
 
 # Reasons for leaving a pair out
 EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY = "the prompt is empty", "prompt too long", "reply too long"

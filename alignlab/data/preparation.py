@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from alignlab.data.format import ALPACA_HEADING
 from alignlab.data.layouts import INVERTED, SAME_SCORE, UNORDERED
 from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
 from alignlab.data.pairing import EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
@@ -24,7 +25,6 @@ from alignlab.data.prepared import Account
 from alignlab.data.rows import names_of
 from alignlab.data.splits import OTHER, larger_shares
 from alignlab.errors import DataError
-from alignlab.format import ALPACA_HEADING
 
 BATCH_ROWS = 1000  # rows tokenized in one call and written in one piece: what is held in memory
 SERIAL_ROWS = 5000  # before others are asked to help: they then begin with the words that these have taught

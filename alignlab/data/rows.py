@@ -18,15 +18,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from alignlab.data.files import READERS, TABLE_ROWS, Row, read_file, suffix
+from alignlab.data.hub import stay_offline_without_hub
 from alignlab.data.layouts import LAYOUTS, NAMES, Fields, Layout, Reader, find_reader, is_red_team, plain_name
 from alignlab.data.splits import HELD_OUT, SPLITS, absent_split, splits_named
 from alignlab.disk import hash_file
 from alignlab.errors import DataError, MachineError, RecipeError
-from alignlab.fields import suggest
-from alignlab.files import READERS, TABLE_ROWS, Row, read_file, suffix
-from alignlab.hub import stay_offline_without_hub
-from alignlab.recipe import DataSection, Recipe
-from alignlab.written import shown
+from alignlab.recipe.fields import suggest
+from alignlab.recipe.load import DataSection, Recipe
+from alignlab.recipe.written import shown
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _table_part(written: str, table: Any) -> Part:
 
 
 def _toy_rows(section: DataSection) -> Iterator[Row]:
-    from alignlab import toy
+    from alignlab.data import toy
 
     for line, fields in enumerate(toy.rows(section.toy), 1):
         yield Row(fields, "toy", line)

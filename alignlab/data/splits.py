@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("test", "validation")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignlab.arguments import Circumstances, trl_arguments
 from alignlab.errors import AlignlabError
-from alignlab.fields import library_settings
-from alignlab.recipe import Recipe, run_name
-from alignlab.run import Run
+from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.fields import library_settings
+from alignlab.recipe.load import Recipe, run_name
+from alignlab.runs.run import Run
 
 # Peaks of dense bfloat16 from NVIDIA's data sheets; the share that training reaches is an assumption, not a measurement
 PEAK_TFLOPS = {"RTX 4090": 165, "A100": 312, "H100": 989}
@@ -69,7 +69,7 @@ def _hours(stage: str, positions: float, checkpointing: bool, recipe: Recipe) ->
     The rule of Kaplan et al. (arXiv 2001.08361, sec. 2.1), which leaves attention scores out. The reference's
     forward is counted as often as the policy's.
     """
-    from alignlab.plan.outline import config_of, matrix_weights
+    from alignlab.memory.outline import config_of, matrix_weights
 
     try:
         weights = matrix_weights(config_of(recipe.model), recipe.model)

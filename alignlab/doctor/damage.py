@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from alignlab.data import Prepared
 from alignlab.data.pairing import CUT
+from alignlab.data.prepare import Prepared
 from alignlab.doctor.finding import SHOWN, Finding, Shown, few
 from alignlab.doctor.scan import scan
 from alignlab.doctor.texts import AT_LINE_START, COLUMNS, REPLIES, Sign, Span, excerpt, refuses, signs
-from alignlab.estimate import share_estimate
-from alignlab.refusals import ERRORS
+from alignlab.measure.refusals import ERRORS
+from alignlab.text.estimate import share_estimate
 
 ONE_SIDED = 0.6  # ours: where the share of pairs won by refusing, or by not refusing, lies above it, it is a shortcut
 

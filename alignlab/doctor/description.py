@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignlab.data import Prepared
+from alignlab.data.prepare import Prepared
+from alignlab.data.prompts import turns_of
 from alignlab.data.splits import SPLITS
-from alignlab.prompts import turns_of
-from alignlab.recipe import DataSection
+from alignlab.recipe.load import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from alignlab.data import Prepared
+from alignlab.data.prepare import Prepared
+from alignlab.data.transcript import split_turns
 from alignlab.doctor.finding import Finding, Level, Shown, few
 from alignlab.errors import DataError
-from alignlab.text import one_line
-from alignlab.transcript import split_turns
+from alignlab.text.safe import one_line
 
 QUOTED = 100  # characters of a text that are shown
 _DROPPED = ("P", "Z", "Cc", "Cf")  # Unicode's punctuation, spaces, control and invisible characters

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from alignlab.data import Prepared, prepare_replies
+from alignlab.data.format import Format
+from alignlab.data.prepare import Prepared, prepare_replies
+from alignlab.data.prompts import as_transcript
 from alignlab.data.splits import SPLITS
 from alignlab.disk import write_record
 from alignlab.doctor.costs import Rows, costs
@@ -23,10 +25,8 @@ from alignlab.doctor.limits import limit_findings
 from alignlab.doctor.near import near_findings
 from alignlab.doctor.reading import reading_findings
 from alignlab.doctor.shortcuts import find_shortcuts
-from alignlab.format import Format
-from alignlab.prompts import as_transcript
-from alignlab.recipe import Recipe
-from alignlab.run import EXAMINATION
+from alignlab.recipe.load import Recipe
+from alignlab.runs.run import EXAMINATION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignlab.doctor.finding import LEVELS, NAMES
 from alignlab.errors import DataError
-from alignlab.fields import suggest
+from alignlab.recipe.fields import suggest
 
 
 def read_limits(written: Sequence[str]) -> dict[str, float]:

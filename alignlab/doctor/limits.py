@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignlab.data import Prepared
 from alignlab.data.pairing import CUT, LONG_REPLY, SHORTENED
+from alignlab.data.prepare import Prepared
 from alignlab.doctor.finding import Finding, Shown, few
 
 MANY_DROPPED = 0.05  # of the rows; above it the rest may no longer be a fair draw of the data

@@ -27,11 +27,11 @@ import numpy as np
 import xxhash
 from datasketch import MinHash, MinHashLSH
 
-from alignlab.data import Prepared
+from alignlab.data.prepare import Prepared
+from alignlab.data.transcript import split_turns
 from alignlab.doctor.doubles import APART, QUOTED, Transcript, human_turns, letters, quote, verb
 from alignlab.doctor.finding import Finding, Shown, few
 from alignlab.errors import DataError
-from alignlab.transcript import split_turns
 
 NEAR = 0.8  # Jaccard similarity
 GRAM = 5  # characters of a shingle (Mining of Massive Datasets, 3.2.2: five for short texts)

@@ -10,7 +10,7 @@ from typing import Any
 from alignlab.data.splits import SPLITS
 from alignlab.doctor.description import PERCENTILES
 from alignlab.doctor.examination import abridged
-from alignlab.text import harmless
+from alignlab.text.safe import harmless
 
 SHOWN_CHARACTERS = 700  # of one prompt or reply
 WIDTH = 110  # of the sentences

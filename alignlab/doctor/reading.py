@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from alignlab.data import Prepared
 from alignlab.data.layouts import OTHER_PROMPTS
+from alignlab.data.prepare import Prepared
+from alignlab.data.transcript import ASSISTANT, HUMAN
 from alignlab.doctor.finding import Finding, Shown, few
 from alignlab.doctor.scan import scan
-from alignlab.transcript import ASSISTANT, HUMAN
 
 # Advice of the course on DPO that this project grew out of, as are 50,000 to 100,000 pairs and balanced sources
 FEW_PAIRS = 10_000

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
-from alignlab.data import Prepared
 from alignlab.data.preparation import BATCH_ROWS, spare_processes
+from alignlab.data.prepare import Prepared
 from alignlab.data.splits import SPLITS
 
 SERIAL_PAIRS = 5000  # up to which one process is done before others have begun

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.data import Prepared
+from alignlab.data.prepare import Prepared
 from alignlab.data.splits import SPLITS
 from alignlab.doctor.finding import SHOWN, Finding, Level, Shown
 from alignlab.doctor.scan import scan
 from alignlab.doctor.texts import find_cut, refuses
-from alignlab.estimate import Estimate, share_estimate
+from alignlab.text.estimate import Estimate, share_estimate
 
 SHORTCUT = 0.6  # ours: just above 'the longer wins' on HH-RLHF's helpful-base (0.60), as common a bias as there is
 READ_CHARACTERS = 100_000  # of a text in which words and signs are counted

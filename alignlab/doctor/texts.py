@@ -13,10 +13,10 @@ from functools import partial
 
 from ftfy.badness import BADNESS_RE
 
+from alignlab.data.transcript import split_turns
 from alignlab.doctor.finding import Level
-from alignlab.refusals import is_refusal
-from alignlab.text import one_line
-from alignlab.transcript import split_turns
+from alignlab.measure.refusals import is_refusal
+from alignlab.text.safe import one_line
 
 COLUMNS = ("prompt", "chosen", "rejected")
 REPLIES = ("chosen", "rejected")

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 from alignlab.errors import RecipeError
-from alignlab.evaluate.contests import read_judge
-from alignlab.evaluate.endpoint import EndpointJudge
-from alignlab.evaluate.judge import Contest
-from alignlab.recipe import Recipe
+from alignlab.evaluation.contests import read_judge
+from alignlab.evaluation.endpoint import EndpointJudge
+from alignlab.evaluation.judge import Contest
+from alignlab.recipe.load import Recipe
 from alignlab.rounds.pairs import Ask, Made, Sampled, Source, usable_replies
-from alignlab.run import Run
+from alignlab.runs.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -18,23 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from alignlab.data import Prepared
+from alignlab.data.format import Format
+from alignlab.data.prepare import Prepared
+from alignlab.data.prompts import Prompt, as_transcript, dialogue_in, read_prompts
 from alignlab.data.splits import dialogue_hash
+from alignlab.data.transcript import ASSISTANT, dialogue_key, join_turns, split_turns
 from alignlab.disk import check_writable, write_lines
 from alignlab.errors import DataError, RecipeError
-from alignlab.evaluate.answers import Answers, Decoding
-from alignlab.evaluate.candidates import Bench, Candidate, line_up
-from alignlab.evaluate.judge import Judge
-from alignlab.format import Format
-from alignlab.generate import Reply
-from alignlab.model import weights_hash
-from alignlab.prompts import Prompt, as_transcript, dialogue_in, read_prompts
-from alignlab.recipe import Recipe
+from alignlab.evaluation.answers import Answers, Decoding
+from alignlab.evaluation.candidates import Bench, Candidate, line_up
+from alignlab.evaluation.judge import Judge
+from alignlab.measure.generate import Reply
+from alignlab.models.load import weights_hash
+from alignlab.recipe.load import Recipe
 from alignlab.rounds.scores import Scores, Seat, seat
-from alignlab.run import Run, finished
-from alignlab.tables import paragraph
-from alignlab.train import prepare_data
-from alignlab.transcript import ASSISTANT, dialogue_key, join_turns, split_turns
+from alignlab.runs.run import Run, finished
+from alignlab.text.tables import paragraph
+from alignlab.train.stages import prepare_data
 
 log = logging.getLogger(__name__)
 

@@ -14,22 +14,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from alignlab.data import Prepared
+from alignlab.data.format import Format
+from alignlab.data.prepare import Prepared
 from alignlab.disk import write_record
 from alignlab.errors import DataError, RecipeError, RunError
-from alignlab.estimate import Estimate
-from alignlab.evaluate import watch
-from alignlab.evaluate.candidates import Lineup, line_up
-from alignlab.evaluate.evaluator import Evaluator, Options, evaluate_and_keep
-from alignlab.evaluate.judge import Judge
-from alignlab.facts.evaluation import HELD_OUT, Comparison, Evaluation, only_by_length, read_evaluation
-from alignlab.format import Format
-from alignlab.recipe import Recipe, RoundsSection, SFTDataSection
+from alignlab.evaluation import watch
+from alignlab.evaluation.candidates import Lineup, line_up
+from alignlab.evaluation.evaluator import Evaluator, Options, evaluate_and_keep
+from alignlab.evaluation.judge import Judge
+from alignlab.recipe.load import Recipe, RoundsSection, SFTDataSection
 from alignlab.rounds.pairs import Ask, Made, make_pairs, prompt_columns, write_pairs
 from alignlab.rounds.scores import NOT_ASKED, Seat, seat
-from alignlab.run import Run, check_name
-from alignlab.tables import SHARE, Row, WinRate, as_text, paragraph
-from alignlab.train import prepare_data, train_dpo, train_sft
+from alignlab.runs.evaluation import HELD_OUT, Comparison, Evaluation, only_by_length, read_evaluation
+from alignlab.runs.run import Run, check_name
+from alignlab.text.estimate import Estimate
+from alignlab.text.tables import SHARE, Row, WinRate, as_text, paragraph
+from alignlab.train.stages import prepare_data, train_dpo, train_sft
 
 log = logging.getLogger(__name__)
 
@@ -326,7 +326,7 @@ def round_rows(found: Rounds) -> list[Row]:
 
 def write_page(found: Rounds, folder: Path, file: Path) -> Path:
     """The rounds side by side on one HTML page, with the SFT run they began at."""
-    from alignlab.report.page import write_comparison
+    from alignlab.reports.page import write_comparison
 
     names = [found.sft, *(each.run for each in found.rounds)]
     return write_comparison([folder / name for name in names], file.with_suffix(".html"))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from alignlab.disk import ResultCache, digest
 from alignlab.errors import RecipeError
-from alignlab.evaluate.contests import KINDS, read_judge, seat_judge
-from alignlab.evaluate.judge import Contest, Judge, Verdict, judge_contests
-from alignlab.model import weights_hash
+from alignlab.evaluation.contests import KINDS, read_judge, seat_judge
+from alignlab.evaluation.judge import Contest, Judge, Verdict, judge_contests
+from alignlab.models.load import weights_hash
 
 NOT_ASKED = "not asked"  # a verdict that the budget has left open
 AT_ONCE = 64  # contests between two lines of the cache

@@ -19,8 +19,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from alignlab.data import prepare
-from alignlab.recipe import DataSection
+from alignlab.data.prepare import prepare
+from alignlab.recipe.load import DataSection
 
 SHARED = Path(__file__).parents[3] / "shared"
 REAL = SHARED / "data" / "hh-rlhf" / "harmless-base.test.jsonl.gz"

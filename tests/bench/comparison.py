@@ -26,8 +26,8 @@ from batches import MEGA_BATCH, Rows, grouped_batches, length, needed_positions,
 from datasets import Dataset
 from trl import DPOTrainer
 
-from alignlab.packing import PrefixSharing, share_prefixes
-from alignlab.probe import measured
+from alignlab.models.packing import PrefixSharing, share_prefixes
+from alignlab.train.probe import measured
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2_000

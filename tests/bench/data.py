@@ -107,8 +107,8 @@ def ours(file: Path, name: str) -> dict:
     import datasets  # noqa: F401  imported outside the clock, as TRL's side has it
     from transformers import AutoTokenizer
 
-    from alignlab.data import prepare
-    from alignlab.recipe import DataSection
+    from alignlab.data.prepare import prepare
+    from alignlab.recipe.load import DataSection
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
     section = DataSection(source="hh-rlhf", path=str(file))
@@ -178,8 +178,8 @@ def write_split(raw: Path, path: Path) -> None:
 
 
 def split_rows(raw: Path) -> Iterator[dict]:
+    from alignlab.data.transcript import split_pair
     from alignlab.errors import DataError
-    from alignlab.transcript import split_pair
 
     with raw.open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):

@@ -44,9 +44,9 @@ def main() -> None:
 def examined(file: Path, name: str) -> dict:
     from transformers import AutoTokenizer
 
-    from alignlab.data import prepare
+    from alignlab.data.prepare import prepare
     from alignlab.doctor.examination import examine
-    from alignlab.recipe import load_recipe
+    from alignlab.recipe.load import load_recipe
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
     recipe = load_recipe("gpt2", [f"data.path={file}", "data.subset=null"])

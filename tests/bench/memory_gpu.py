@@ -37,12 +37,12 @@ from transformers import (
 )
 from trl import DPOConfig
 
-from alignlab import model as models
-from alignlab.arguments import Circumstances, trl_arguments
-from alignlab.plan.memory import GIB, plan
-from alignlab.probe import MICRO_BATCHES, QUIET, STEPS, measured
-from alignlab.recipe import Recipe, load_recipe
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.memory.plan import GIB, plan
+from alignlab.models import load as models
+from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.train.probe import MICRO_BATCHES, QUIET, STEPS, measured
+from alignlab.train.trainers import AlignDPOTrainer
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"llama2": LlamaConfig(), "mistral": MistralConfig()}

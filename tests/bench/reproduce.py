@@ -1,6 +1,6 @@
-"""The README's table of the embedded default: `tiny` over five seeds, everything drawn anew, and its shuffled control.
+"""The table of docs/results.md: `tiny` over five seeds, everything drawn anew, and its shuffled control.
 
-    python tests/bench/reproduce.py [--seeds 5] [--root FOLDER] [--no-readme]
+    python tests/bench/reproduce.py [--seeds 5] [--root FOLDER] [--no-page]
 
 Data, tokenizer, base model, splits, SFT, DPO and sampling take the seed. All figures are of test topics. Runs that are
 finished are used as they are, so that the command goes on where it was stopped.
@@ -21,11 +21,11 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 from machine import machine
 
 from alignlab.disk import write_json, write_text
-from alignlab.recipe import load_recipe
-from alignlab.train import train_dpo
+from alignlab.recipe.load import load_recipe
+from alignlab.train.stages import train_dpo
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
+PAGE = HERE.parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- make reproduce -->", "<!-- end -->"
 SEEDED = ("data.toy.seed", "data.seed", "sft.seed", "dpo.seed")
 SHUFFLED = ["data.toy.shuffled=true", "dpo.max_steps=100"]
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--root", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--no-readme", action="store_true", help="leave the README as it is")
+    parser.add_argument("--no-page", action="store_true", help="leave docs/results.md as it is")
     args = parser.parse_args()
     seeds = range(args.seeds)
     learned = [figures(args.root, seed, []) for seed in seeds]
@@ -44,10 +44,10 @@ def main() -> None:
     write_json(HERE / "results" / "reproduce.json", found)
     table = "\n".join(rows(learned, control))
     print(table)
-    if not args.no_readme:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        assert END in rest, f"the README has no {BEGIN} … {END}"
-        write_text(README, f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
+    if not args.no_page:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        assert END in rest, f"the page has no {BEGIN} … {END}"
+        write_text(PAGE, f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
 
 
 def figures(root: Path, seed: int, overrides: Sequence[str]) -> dict:
@@ -92,7 +92,7 @@ def rows(learned: Sequence[dict], control: Sequence[dict]) -> list[str]:
     interval = f"win rate {rate:.2f}, 95 % interval {low:.2f} to {high:.2f} (n={n * len(control)})"
     held = sum(abs(run["win_rate"]["mean"] - 0.5) <= 1.96 * run["win_rate"]["stderr"] for run in control)
     closing = (
-        f"\nShuffled labels: {held} of {len(control)} seeds' 95 % intervals hold 0.5; all seeds together {interval}."
+        f"\nShuffled labels: {held} of {len(control)} seeds' 95 % intervals contain 0.5; all seeds together {interval}."
     )
     return [*head, *table, closing]
 

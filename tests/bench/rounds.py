@@ -21,13 +21,13 @@ import numpy as np
 from scipy.special import stdtrit
 
 from alignlab.disk import write_json
-from alignlab.estimate import share_estimate
-from alignlab.evaluate.evaluator import Options, evaluate
-from alignlab.evaluate.judge import Contest, Verdict
-from alignlab.facts.evaluation import read_evaluation
-from alignlab.recipe import load_recipe, run_name
+from alignlab.evaluation.evaluator import Options, evaluate
+from alignlab.evaluation.judge import Contest, Verdict
+from alignlab.recipe.load import load_recipe, run_name
 from alignlab.rounds.rounds import run_rounds
-from alignlab.run import Run
+from alignlab.runs.evaluation import read_evaluation
+from alignlab.runs.run import Run
+from alignlab.text.estimate import share_estimate
 
 HERE = Path(__file__).parent
 SEEDED = ("data.toy.seed", "data.seed", "sft.seed", "dpo.seed", "rounds.seed")

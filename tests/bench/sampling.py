@@ -23,17 +23,17 @@ import torch
 from machine import machine
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from alignlab import model as models
-from alignlab.arguments import Circumstances
 from alignlab.disk import write_json
-from alignlab.figures import held_out_prompts
-from alignlab.plan.memory import GIB
-from alignlab.probe import measured
-from alignlab.recipe import KLSection, load_recipe
-from alignlab.run import Run
-from alignlab.samples import Samples
-from alignlab.train import dpo_config, prepare_data
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.memory.plan import GIB
+from alignlab.models import load as models
+from alignlab.recipe.arguments import Circumstances
+from alignlab.recipe.load import KLSection, load_recipe
+from alignlab.runs.run import Run
+from alignlab.train.figures import held_out_prompts
+from alignlab.train.probe import measured
+from alignlab.train.samples import Samples
+from alignlab.train.stages import dpo_config, prepare_data
+from alignlab.train.trainers import AlignDPOTrainer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[2] / "shared"

@@ -28,7 +28,7 @@ from memory_gpu import tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from trl import DPOConfig
 
-from alignlab.trainers import AlignDPOTrainer
+from alignlab.train.trainers import AlignDPOTrainer
 
 LLAMA = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 7, "num_attention_heads": 6}
 TOY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

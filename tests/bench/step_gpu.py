@@ -35,9 +35,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from alignlab import model as models
-from alignlab.packing import PrefixSharing
-from alignlab.recipe import Recipe, load_recipe
+from alignlab.models import load as models
+from alignlab.models.packing import PrefixSharing
+from alignlab.recipe.load import Recipe, load_recipe
 
 PAIRS, BATCHES = (1, 2, 4, 8), 20
 TOY_PAIRS, TOY_BATCHES = (2,), 2

@@ -36,9 +36,9 @@ from stock import ids_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignlab.disk import write_lines
-from alignlab.recipe import Recipe, load_recipe
-from alignlab.run import Run
-from alignlab.train import prepare_data, with_weights
+from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.runs.run import Run
+from alignlab.train.stages import prepare_data, with_weights
 
 RESULTS = Path(__file__).parent / "results"
 DATA = Path(os.environ.get("BENCH_DATA", REAL))

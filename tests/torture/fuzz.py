@@ -102,9 +102,9 @@ def _row(draw: random.Random, row: dict) -> dict:
 
 def _prepared(path: Path, template: Path) -> str | None:
     """What went wrong in preparing these rows, if anything; only faults of ours are wrong."""
-    from alignlab.data import prepare
+    from alignlab.data.prepare import prepare
     from alignlab.errors import AlignlabError
-    from alignlab.recipe import DataSection
+    from alignlab.recipe.load import DataSection
 
     try:
         prepare(DataSection(path=str(path), validation_share=0.3, test_share=0.3), _tokenizer(template))
@@ -117,7 +117,7 @@ def _prepared(path: Path, template: Path) -> str | None:
 
 def _shows_raw(error: Exception) -> bool:
     """Whether the command line would print the error's control characters as they are."""
-    from alignlab import cli
+    from alignlab.cli import commands as cli
 
     class Debug:
         debug = False
@@ -139,7 +139,7 @@ def _tokenizer(template: Path):
 
 
 def _said(arguments: list[str]) -> str | None:
-    from alignlab.cli import main
+    from alignlab.cli.commands import main
 
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
         try:

@@ -102,22 +102,22 @@ def prepare_environment() -> None:
 
 
 def import_everything() -> None:
-    import alignlab.data
+    import alignlab.data.prepare
     import alignlab.doctor.examination
-    import alignlab.evaluate.evaluator
-    import alignlab.export
-    import alignlab.report.page
+    import alignlab.evaluation.evaluator
+    import alignlab.exports.export
+    import alignlab.reports.page
     import alignlab.rounds.rounds
-    import alignlab.sweep.runner
-    import alignlab.train  # noqa: F401
+    import alignlab.sweeps.runner
+    import alignlab.train.stages  # noqa: F401
 
 
 def make_template(folder: Path) -> Path:
     """A folder with a model, its cache and the recipes of `RECIPES`."""
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from alignlab import pretrain
-    from alignlab.recipe import ToySection
+    from alignlab.models import pretrain
+    from alignlab.recipe.load import ToySection
 
     (folder / "recipes").mkdir(parents=True)
     tokenizer = pretrain.tokenizer(ToySection(pairs=96))
@@ -183,7 +183,7 @@ def _child(folder: Path, arguments, death: Death, last: str | None, log: Path, e
     sys.addaudithook(_Killer(folder, death, last, os.open(events, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)))
     code = 70
     try:
-        from alignlab.cli import main
+        from alignlab.cli.commands import main
 
         code = main(list(arguments))
     except SystemExit as stop:
@@ -224,7 +224,7 @@ class _Killer:
 
 def outcome(folder: Path) -> dict[str, str]:
     """A short hash of everything that must not depend on kills, by name."""
-    from alignlab.run import Run
+    from alignlab.runs.run import Run
 
     found = {}
     for manifest in sorted(folder.glob("runs/*/*/manifest.json")):

@@ -1,0 +1,1 @@
+"""The command line: options, commands, and the one place where errors become one line."""

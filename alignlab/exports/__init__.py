@@ -1,0 +1,1 @@
+"""A run → a folder that loads anywhere, checked against the run."""

@@ -1,1 +1,0 @@
-"""What run directories say, read back and typed: runs, sweeps, evaluations and their logs."""

@@ -1,0 +1,1 @@
+"""What a model makes of texts, as numbers with their error."""

@@ -1,0 +1,1 @@
+"""A recipe: YAML and overrides, checked, and what TRL gets of it."""

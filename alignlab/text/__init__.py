@@ -1,0 +1,1 @@
+"""What people read: foreign text made safe, estimates with their error, tables."""
