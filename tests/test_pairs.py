@@ -15,10 +15,12 @@ from alignlab.cli.commands import main
 from alignlab.data.toy import score
 from alignlab.errors import DataError, RecipeError
 from alignlab.evaluation.judge import Verdict
+from alignlab.people.votes import read_votes
 from alignlab.recipe.load import load_recipe
 from alignlab.rounds.constitution import SHIPPED, make_revisions, read_constitution
 from alignlab.rounds.pairs import Ask, make_pairs, read_keep
 from alignlab.rounds.scores import seat
+from alignlab.rounds.votes import pairs_of_votes
 from alignlab.train.stages import prepare_data, train_sft
 
 FEW = {"limit": 6, "samples": 3}
@@ -220,6 +222,33 @@ def test_the_revision_is_chosen_and_its_making_kept(sft, server):
     before = asked()
     again = make_revisions(*sft, Ask(judge="llm:writer", url=url, limit=5), SHIPPED)
     assert again.rows == made.rows and asked() == before and {*before.values()} == {1}
+
+
+# Votes
+
+
+def voted(prompt: str, winner: str, **replies: str) -> dict:
+    return {"prompt": prompt, "models": ["a", "b"], "winner": winner, "replies": {"a": " Yes.", "b": " No.", **replies}}
+
+
+def test_votes_on_the_same_two_replies_are_one_pair(sft, tmp_path):
+    """Two votes for b and one for a, the sides swapped once: b's reply has two thirds."""
+    votes = [voted("Why?", "b"), voted("Why?", "a", a=" No.", b=" Yes."), voted("Why?", "a"), voted("How?", "tie")]
+    file = tmp_path / "votes.jsonl"
+    file.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    made = pairs_of_votes(*sft, read_votes(file), "votes:votes.jsonl")
+    (row,) = made.rows
+    assert (row["chosen"], row["rejected"], row["meta"]["votes"]) == (" No.", " Yes.", 3)
+    assert (row["score_chosen"], row["score_rejected"]) == pytest.approx((2 / 3, 1 / 3))
+    assert made.dropped == {"pairs of replies on which the votes balance": 1}
+
+
+def test_votes_on_held_out_prompts_are_refused(sft, tmp_path):
+    recipe, run = sft
+    file = tmp_path / "votes.jsonl"
+    file.write_text(json.dumps(voted(prepare_data(recipe)[1].test["prompt"][0], "a")) + "\n")
+    with pytest.raises(DataError, match="1 of 1 prompts that were voted on are held out"):
+        pairs_of_votes(recipe, run, read_votes(file), "votes:votes.jsonl")
 
 
 # The command

@@ -221,6 +221,11 @@ def _pairs(args: argparse.Namespace) -> None:
         from alignlab.rounds.constitution import make_revisions
 
         made = make_revisions(recipe, run, ask, args.constitution)
+    elif judge and judge.startswith("votes:"):
+        from alignlab.people.votes import read_votes
+        from alignlab.rounds.votes import pairs_of_votes
+
+        made = pairs_of_votes(recipe, run, read_votes(Path(judge.removeprefix("votes:"))), judge)
     else:
         made = make_pairs(recipe, run, ask)
     write_pairs(out, made.rows)
@@ -267,7 +272,7 @@ def _train(args: argparse.Namespace) -> int | None:
     if args.launch:
         return _launch(args, recipe)
     from alignlab.reports.summary import summarize
-    from alignlab.train.stages import stages
+    from alignlab.train import stages
 
     stage = stages.train_sft if args.command == "sft" else stages.train_dpo
     run = stage(recipe, name=args.run, force=args.force)

@@ -51,7 +51,7 @@ def seat(said: str | Judge | None, url: str | None = None, max_requests: int | N
     kind, name = judge
     if kind == "votes":
         raise RecipeError(
-            f"{said}: votes are about replies that people have seen; judge new ones by rule, reward or llm"
+            f"{said}: votes are about replies that people have seen; new ones are judged by rule, reward or llm"
         )
     of = seat_judge(judge, (), (), url, max_requests)("a", "b")
     if kind == "reward":

@@ -57,12 +57,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--judges", nargs="+", choices=JUDGES, default=[*JUDGES])
     parser.add_argument("--count", type=int, default=3)
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides, such as rounds.prompts=200"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/rounds"))
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     for judge in args.judges if not args.table else ():
         for seed in args.seeds:
-            recipe = load_recipe("tiny", [*(f"{key}={seed}" for key in SEEDED), f"rounds.count={args.count}"])
+            recipe = load_recipe(
+                "tiny", [*(f"{key}={seed}" for key in SEEDED), f"rounds.count={args.count}", *args.set]
+            )
             root = args.root / f"seed{seed}"
             found = run_rounds(recipe, root=root, name=judge, judge=JUDGES[judge])
             _by_the_rule(root / recipe.name, run_name(recipe, "sft"), [each.run for each in found.rounds])

@@ -1,0 +1,1 @@
+"""A finished run among people: talk to it, serve it, let people vote on its replies."""
