@@ -19,7 +19,7 @@ from alignlab.people.votes import read_votes
 from alignlab.recipe.load import load_recipe
 from alignlab.rounds.constitution import SHIPPED, make_revisions, read_constitution
 from alignlab.rounds.pairs import Ask, make_pairs, read_keep
-from alignlab.rounds.scores import seat
+from alignlab.rounds.scores import judge_of
 from alignlab.rounds.votes import pairs_of_votes
 from alignlab.train.stages import prepare_data, train_sft
 
@@ -95,14 +95,23 @@ def test_a_rule_that_is_none_is_refused(said):
 def test_the_rule_scores_each_reply_by_itself(tmp_path):
     replies = [(" Of course! Shall I go on?", " Look it up.", " Hm."), (" Hm.", " Sure, gladly.")]
     prompts = ["\n\nHuman: How do I cook soup?\n\nAssistant:"] * 2
-    found = seat("rule").score(prompts, replies, tmp_path / "scores.jsonl")
+    found = judge_of(load_recipe("tiny"), "rule").score(prompts, replies, tmp_path / "scores.jsonl")
     assert found == [[score(p, r) for r in its] for p, its in zip(prompts, replies, strict=True)]
 
 
 def test_another_judges_score_is_the_share_of_contests_won(tmp_path):
     """Of the lengths 1, 2, 2 and 3 the shortest wins 3 of 3, the next tie and beat one: 1.5, the longest none."""
-    (found,) = seat(as_short_as_can_be).score(["p"], [("a", "bb", "cc", "ddd")], tmp_path / "scores.jsonl")
+    (found,) = judge_of(load_recipe("tiny"), as_short_as_can_be).score(
+        ["p"], [("a", "bb", "cc", "ddd")], tmp_path / "scores.jsonl"
+    )
     assert found == [1, 0.5, 0.5, 0]
+
+
+@pytest.mark.parametrize("said", [None, "none", "rule", "votes", "llm:", "reward"])
+def test_a_judge_that_cannot_judge_is_one_line(said):
+    with pytest.raises(RecipeError, match="judge") as error:
+        judge_of(load_recipe("mistral"), said)
+    assert "\n" not in str(error.value)
 
 
 # Pairs of a run

@@ -31,7 +31,7 @@ from alignlab.evaluation.judge import Judge
 from alignlab.measure.generate import Reply
 from alignlab.models.load import weights_hash
 from alignlab.recipe.load import Recipe
-from alignlab.rounds.scores import Scores, Seat, seat
+from alignlab.rounds.scores import Scores, Seat, judge_of
 from alignlab.runs.run import Run, finished
 from alignlab.text.tables import paragraph
 from alignlab.train.stages import prepare_data
@@ -97,7 +97,7 @@ def make_pairs(recipe: Recipe, run: Run, ask: Ask, judge: Seat | None = None) ->
     no pair. All of them are counted.
     """
     choose = read_keep(ask.keep)
-    judge, samples = judge or seat(ask.judge, ask.url, ask.max_requests), ask.samples or 4
+    judge, samples = judge or judge_of(recipe, ask.judge, ask.url, ask.max_requests), ask.samples or 4
     source = Source(recipe, run)
     prompts = source.prompts(ask)
     replies = source.sample(prompts, samples, ask)

@@ -24,7 +24,7 @@ from alignlab.evaluation.evaluator import Evaluator, Options, evaluate_and_keep
 from alignlab.evaluation.judge import Judge
 from alignlab.recipe.load import Recipe, RoundsSection, SFTDataSection
 from alignlab.rounds.pairs import Ask, Made, make_pairs, prompt_columns, write_pairs
-from alignlab.rounds.scores import NOT_ASKED, Seat, seat
+from alignlab.rounds.scores import NOT_ASKED, Seat, judge_of
 from alignlab.runs.evaluation import HELD_OUT, Comparison, Evaluation, only_by_length, read_evaluation
 from alignlab.runs.run import Run, check_name
 from alignlab.text.estimate import Estimate
@@ -118,8 +118,8 @@ def run_rounds(
     recipe's `rounds.judge`.
     """
     _refuse_what_has_no_rounds(recipe)
-    named = check_name(name or NAME)
-    work = Work(recipe, train_sft(recipe, root=root), seat(judge or recipe.rounds.judge, url, max_requests), named)
+    named, seated = check_name(name or NAME), judge_of(recipe, judge or recipe.rounds.judge, url, max_requests)
+    work = Work(recipe, train_sft(recipe, root=root), seated, named)
     done: list[Round] = []
     for k in range(1, recipe.rounds.count + 1):
         log.info("round %d of %d: %s", k, recipe.rounds.count, work.run(k).path)

@@ -12,6 +12,7 @@ from alignlab.errors import RecipeError
 from alignlab.evaluation.contests import KINDS, read_judge, seat_judge
 from alignlab.evaluation.judge import Contest, Judge, Verdict, judge_contests
 from alignlab.models.load import weights_hash
+from alignlab.recipe.load import Recipe
 
 NOT_ASKED = "not asked"  # a verdict that the budget has left open
 AT_ONCE = 64  # contests between two lines of the cache
@@ -36,14 +37,16 @@ class Seat:
         return _one_by_one(judge, prompts, replies)
 
 
-def seat(said: str | Judge | None, url: str | None = None, max_requests: int | None = None) -> Seat:
-    """The judge that is asked for as in `eval --judge`, or a judge's own function.
+def judge_of(recipe: Recipe, said: str | Judge | None, url: str | None = None, max_requests: int | None = None) -> Seat:
+    """The judge that is asked for as in `eval --judge`, or a judge's own function, of replies to a recipe's prompts.
 
     `rule` and `reward` score each reply by itself. Any other judge compares every two replies to a prompt, and a
     reply's score is the share of its contests that it won; a tie counts half.
     """
     if said is None or said == "none":
         raise RecipeError(f"pairs need a judge; name one with --judge {KINDS}")
+    if said == "rule" and recipe.data.source != "toy":
+        raise RecipeError(f"the judge is rule, which knows the toy's dialogues only; name one of {KINDS}")
     if not isinstance(said, str):
         return Seat(getattr(said, "__name__", type(said).__name__), said)
     judge = read_judge(said)
