@@ -18,7 +18,7 @@ from alignlab.evaluation.judge import Verdict
 from alignlab.people.votes import read_votes
 from alignlab.recipe.load import load_recipe
 from alignlab.rounds.constitution import SHIPPED, make_revisions, read_constitution
-from alignlab.rounds.pairs import Ask, make_pairs, read_keep
+from alignlab.rounds.pairs import Ask, Sampled, _rows, make_pairs, read_keep
 from alignlab.rounds.scores import judge_of
 from alignlab.rounds.votes import pairs_of_votes
 from alignlab.train.stages import prepare_data, train_sft
@@ -133,7 +133,15 @@ def test_each_pair_prefers_the_better_of_the_runs_own_replies(sft):
 
 def test_every_prompt_is_a_pair_or_counted(sft):
     made = make_pairs(*sft, Ask(judge="rule", limit=30))
-    assert len(made.rows) + sum(n for why, n in made.dropped.items() if why.startswith("prompts")) == 30
+    assert len(made.rows) + sum(n for why, n in made.dropped.items() if why.startswith(("prompts", "pairs"))) == 30
+
+
+def test_a_reply_that_was_cut_is_rejected_and_never_chosen():
+    each, dropped = Sampled("p", {"prompt": "p"}, [" cut", " whole"], [False, True]), Counter()
+    (row,) = _rows(each, [0.0, 1.0], read_keep("best-worst"), {}, dropped)
+    assert (row["chosen"], row["rejected"]) == (" whole", " cut") and not dropped
+    assert list(_rows(each, [1.0, 0.0], read_keep("best-worst"), {}, dropped)) == []
+    assert dropped == {"pairs whose better reply was cut, and would teach to stop anywhere": 1}
 
 
 def test_the_same_call_gives_the_same_pairs_and_another_seed_others(sft):

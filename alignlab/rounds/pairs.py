@@ -86,6 +86,7 @@ class Sampled:
     transcript: str  # the prompt as a judge reads it
     columns: Mapping[str, str]  # the prompt as a row has it
     replies: Sequence[str]
+    ended: Sequence[bool]  # by itself; a reply that was cut may be rejected, and is never chosen
 
 
 def make_pairs(recipe: Recipe, run: Run, ask: Ask, judge: Seat | None = None) -> Made:
@@ -93,8 +94,8 @@ def make_pairs(recipe: Recipe, run: Run, ask: Ask, judge: Seat | None = None) ->
 
     `judge` is one that is there already, in place of the one that `ask` names.
 
-    A reply that is empty, cut by the limit or there already is left out. A prompt whose replies are all as good gives
-    no pair. All of them are counted.
+    A reply that is empty or there already is left out. One that was cut may be rejected, and is never chosen: it would
+    teach to stop anywhere. A prompt whose replies are all as good gives no pair. All of them are counted.
     """
     choose = read_keep(ask.keep)
     judge, samples = judge or judge_of(recipe, ask.judge, ask.url, ask.max_requests), ask.samples or 4
@@ -166,6 +167,9 @@ def _rows(each: Sampled, scores: Scores, choose: Choose, meta: Mapping[str, Any]
     if not chosen:
         dropped["prompts whose replies are as good, or nearly so"] += 1
     for better, worse in chosen:
+        if not each.ended[better]:
+            dropped["pairs whose better reply was cut, and would teach to stop anywhere"] += 1
+            continue
         yield {
             **each.columns,
             "chosen": each.replies[better],
@@ -185,11 +189,12 @@ def usable_replies(
         if columns is None:
             dropped["prompts whose turns cannot be told from how they are written"] += 1
         else:
-            yield Sampled(prompt.transcript, columns, _usable(form, prompt, its, most_tokens, dropped))
+            kept = _usable(form, prompt, its, most_tokens, dropped)
+            yield Sampled(prompt.transcript, columns, [r.text for r in kept], [r.ended for r in kept])
 
 
-def _usable(form: Format, prompt: Prompt, replies: Sequence[Reply], most_tokens: int, dropped: Counter) -> list[str]:
-    texts: dict[str, str] = {}
+def _usable(form: Format, prompt: Prompt, replies: Sequence[Reply], most_tokens: int, dropped: Counter) -> list[Reply]:
+    kept: dict[str, Reply] = {}
     prompts, ids_of_prompt = [prompt.text] * len(replies), [np.array(prompt.ids)] * len(replies)
     read = form.encoder.replies(prompts, ids_of_prompt, [reply.text for reply in replies])
     for reply, ids in zip(replies, read, strict=True):
@@ -199,13 +204,11 @@ def _usable(form: Format, prompt: Prompt, replies: Sequence[Reply], most_tokens:
             dropped["replies that spell a special token"] += 1
         elif ids is None or len(ids) > most_tokens:
             dropped["replies with more tokens once they are read as text"] += 1
-        elif not reply.ended:
-            dropped["replies cut at data.max_reply_tokens, whose end would be learned"] += 1
-        elif reply.text.strip() in texts:
+        elif reply.text.strip() in kept:
             dropped["replies that another sample gave too"] += 1
         else:
-            texts[reply.text.strip()] = reply.text
-    return [*texts.values()]
+            kept[reply.text.strip()] = reply
+    return [*kept.values()]
 
 
 def prompt_columns(form: Format, text: str) -> dict[str, str] | None:
@@ -259,7 +262,8 @@ class Source:
     def sample(self, prompts: Sequence[Prompt], samples: int, ask: Ask) -> list[list[Reply]]:
         """So many replies to each prompt, at temperature 1."""
         together = ask.batch_size or self.recipe.monitor.kl.batch_size
-        how = Decoding(False, self.recipe.data.max_reply_tokens, ask.seed, together)
+        limit = self.recipe.data.max_reply_tokens - 1  # the end that a row's reply gets is a token too
+        how = Decoding(False, limit, ask.seed, together)
         ids = [prompt.ids for prompt in prompts for _ in range(samples)]
         log.info("pairs: %d replies of %s to each of %d prompts", samples, self.run.path, len(prompts))
         replies = self.answers.replies(self.candidate, ids, how, "replies")
