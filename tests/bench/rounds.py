@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -22,8 +22,9 @@ from scipy.special import stdtrit
 
 from alignlab.disk import write_json
 from alignlab.evaluation.evaluator import Options, evaluate
-from alignlab.evaluation.judge import Contest, Verdict
-from alignlab.recipe.load import load_recipe, run_name
+from alignlab.evaluation.judge import Contest, Judge, Verdict
+from alignlab.models import pretrain
+from alignlab.recipe.load import Recipe, load_recipe, run_name
 from alignlab.rounds.rounds import run_rounds
 from alignlab.runs.evaluation import read_evaluation
 from alignlab.runs.run import Run
@@ -43,13 +44,23 @@ def _falls(contest: Contest) -> bool:
     return bool(hashlib.sha256(seen.encode()).digest()[0] % 2)
 
 
-def length(contests: Sequence[Contest]) -> list[Verdict]:
-    """The longer reply, in characters, is better."""
-    leads = [len(c.reply_a) - len(c.reply_b) for c in contests]
-    return [Verdict(0.5 if lead == 0 else float(lead > 0), "judged") for lead in leads]
+def of_length(recipe: Recipe) -> Judge:
+    """The longer reply, in the tokens that evaluations count, is better."""
+    tokenizer = pretrain.tokenizer(recipe.data.toy)
+    tokens = lambda reply: len(tokenizer(reply, add_special_tokens=False)["input_ids"])
+
+    def length(contests: Sequence[Contest]) -> list[Verdict]:
+        leads = [tokens(c.reply_a) - tokens(c.reply_b) for c in contests]
+        return [Verdict(0.5 if lead == 0 else float(lead > 0), "judged") for lead in leads]
+
+    return length
 
 
-JUDGES = {"rule": None, "coin": coin, "length": length}
+JUDGES: dict[str, Callable[[Recipe], Judge | None]] = {
+    "rule": lambda recipe: None,  # the recipe's own
+    "coin": lambda recipe: coin,
+    "length": of_length,
+}
 
 
 def main() -> None:
@@ -69,7 +80,7 @@ def main() -> None:
                 "tiny", [*(f"{key}={seed}" for key in SEEDED), f"rounds.count={args.count}", *args.set]
             )
             root = args.root / f"seed{seed}"
-            found = run_rounds(recipe, root=root, name=judge, judge=JUDGES[judge])
+            found = run_rounds(recipe, root=root, name=judge, judge=JUDGES[judge](recipe))
             _by_the_rule(root / recipe.name, run_name(recipe, "sft"), [each.run for each in found.rounds])
     seeds = {judge: _there(args.root, judge) for judge in JUDGES}
     write_json(HERE / "results" / "rounds.json", seeds)
