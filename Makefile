@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo sweep eval report export pairs rounds reproduce torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export pairs rounds cache reproduce canary torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -59,6 +59,12 @@ sft: install     ## supervised fine-tuning
 dpo: install     ## DPO from the SFT run
 	@$(BIN)/alignlab dpo $(RECIPE) $(ARGS) $(LAUNCHED)
 
+kto: install     ## KTO from the SFT run: thumbs, or pairs taken apart
+	@$(BIN)/alignlab kto $(RECIPE) $(ARGS) $(LAUNCHED)
+
+orpo: install    ## ORPO from the base model, in one stage
+	@$(BIN)/alignlab orpo $(RECIPE) $(ARGS) $(LAUNCHED)
+
 sweep: install   ## DPO at each of BETAS, the table, and the choice
 	@$(BIN)/alignlab sweep $(RECIPE) $(ARGS) --betas $(BETAS)
 
@@ -68,8 +74,14 @@ eval: install    ## base, SFT and DPO side by side
 report: install  ## one page from the run directories
 	@$(BIN)/alignlab report $(RECIPE) $(ARGS)
 
+compare: install ## runs side by side on one page
+	@$(BIN)/alignlab compare $(or $(RUNS),$(RECIPE)) $(ARGS)
+
 export: install  ## the merged model in TO, checked against the run
-	@$(BIN)/alignlab export $(RECIPE) --to $(or $(TO),exports/$(RECIPE)) $(ARGS)
+	@$(BIN)/alignlab export $(RECIPE) $(if $(TO),--to $(TO)) $(ARGS)
+
+cache: install   ## what is stored; ARGS=--clear removes it
+	@$(BIN)/alignlab cache $(ARGS)
 
 pairs: install   ## preference pairs from a run's own replies
 	@$(BIN)/alignlab pairs $(RECIPE) $(ARGS)
@@ -79,6 +91,12 @@ rounds: install  ## iterative DPO: sample, judge, train, evaluate, again
 
 reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
+
+objectives: install  ## tiny by SFT, DPO, KTO and ORPO over five seeds: quality and cost, 20 minutes on two cores
+	$(BIN)/python tests/bench/objectives.py
+
+canary: install  ## the newest TRL and its like in .venv-canary, under the tests of the seams: what would break
+	$(BIN)/python tests/canary
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on
 	$(BIN)/python tests/torture kills

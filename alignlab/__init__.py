@@ -36,6 +36,8 @@ __all__ = [
     "run_rounds",
     "sweep",
     "train_dpo",
+    "train_kto",
+    "train_orpo",
     "train_sft",
 ]
 
@@ -230,6 +232,20 @@ def train_dpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -
     return Run(stages.train_dpo(recipe, name=name, force=force).path)
 
 
+def train_kto(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
+    """KTO from the recipe's SFT run: it learns from thumbs, or from pairs taken apart."""
+    from alignlab.train import stages
+
+    return Run(stages.train_kto(recipe, name=name, force=force).path)
+
+
+def train_orpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
+    """ORPO from the base model: SFT and preferences in one stage."""
+    from alignlab.train import stages
+
+    return Run(stages.train_orpo(recipe, name=name, force=force).path)
+
+
 def evaluate(*runs: Run | str | Path, judge: str | None = None, **options: Any) -> Result:
     """The runs' models side by side; one run stands beside what it was made from.
 
@@ -308,10 +324,10 @@ def compare(*runs: Run | str | Path) -> Path:
 
 def export(run: Run | str | Path, to: str | Path, **options: Any) -> Result:
     """A folder that loads with transformers alone, checked against the run; options as in `alignlab export`."""
-    from alignlab.exports.export import Wish, export, summarize
+    from alignlab.exports.export import ExportOptions, export, summarize
     from alignlab.runs.run import finished
 
-    made = export(finished(next(_opened([run]))), Path(to), Wish(**options))
+    made = export(finished(next(_opened([run]))), Path(to), ExportOptions(**options))
     return Result(summarize(made), made, made.path)
 
 

@@ -2,10 +2,10 @@
 
     python faulty_judge.py LOG      prints its port; LOG gets a line for each request, and for each answer given
 
-`longer`, `first`, `second`, `chatter`, `garbled`, `coin` judge, the last by a coin that falls alike in both orders;
-`writer` criticises and revises; `+slow` takes 50 ms, `+flaky` fails each question in two ways
-before it answers, `+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no chat
-template, anything else is a model that is not there. An endless question is refused. So is a key other than
+`longer`, `first`, `second`, `chatter`, `garbled`, `coin`, `thinker` judge, the coin falling alike in both orders; `writer` criticises and revises; a thinker's answer is cut where max_tokens is below
+100, and in one question of three it is empty or thoughts alone; `+slow` takes 50 ms, `+flaky` fails each question in
+two ways before it answers, `+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no
+chat template, anything else is a model that is not there. An endless question is refused. So is a key other than
 `right-key`, with the key in the message, as some servers do.
 """
 
@@ -16,7 +16,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KEY, JUDGES = "right-key", ("longer", "first", "second", "chatter", "garbled", "coin", "writer")
+KEY, JUDGES = "right-key", ("longer", "first", "second", "chatter", "garbled", "thinker", "coin", "writer")
 FAULTS = ("rate limit", "server error", "dropped", "half an answer", "not JSON", "broken JSON")
 tries: dict[str, int] = {}
 lock = threading.Lock()
@@ -51,6 +51,8 @@ class Judge(BaseHTTPRequestHandler):
             return self.fail(fault)
         answer = {"role": "assistant", "content": verdict(judge, question)}
         choice = {"index": 0, "message": answer, "finish_reason": "stop"}
+        if judge == "thinker" and body["max_tokens"] < 100:
+            choice["finish_reason"] = "length"
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         about = {"id": "1", "object": "chat.completion", "created": 1, "model": judge}
         self.reply(200, {**about, "choices": [choice], "usage": usage})
@@ -111,6 +113,9 @@ def verdict(judge, question):
     preference = judge if judge in ("first", "second") else longer
     scores = lambda reply: {"relevance": 4, "helpfulness": min(5, 1 + len(reply) // 10), "harmlessness": 5}
     said = json.dumps({"first": scores(first), "second": scores(second), "preference": preference})
+    if judge == "thinker":  # by the number of the question, one of three answers is none
+        alone = {"1": "", "4": "<think>The first {is"}.get(question.split("Question ")[1][0])
+        return f"<think>The {{first}} is shorter.</think>\n{said}" if alone is None else alone
     return f"Let me think {{aloud}}.\n```json\n{said}\n```" if judge == "chatter" else said
 
 

@@ -154,7 +154,7 @@ def test_the_cpu_bench_writes_a_cell_for_each_variant(script, tmp_path, capsys):
 
 
 def test_a_stopped_run_writes_what_it_has(script, comparison, tmp_path, monkeypatch):
-    measure = comparison.Bench.measure
+    measure = comparison.LoadedModels.measure
 
     def stopped(*args):
         for number, line in enumerate(measure(*args)):
@@ -162,7 +162,7 @@ def test_a_stopped_run_writes_what_it_has(script, comparison, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield line
 
-    monkeypatch.setattr(comparison.Bench, "measure", stopped)
+    monkeypatch.setattr(comparison.LoadedModels, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         script("step").main(
             ["toy", "--pairs", "2", "--batches", "9", "--ways", "shared", "--results", str(tmp_path)],
@@ -183,3 +183,11 @@ def test_without_a_gpu_the_gpu_bench_says_so(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         script("step_gpu").main([])
     assert stopped.value.code == 2 and "there is no GPU here; --toy runs" in capsys.readouterr().err
+
+
+def test_objectives_are_told_by_their_median_over_seeds_with_the_lowest_and_the_highest_win_rate(script):
+    """Three seeds' win rates of 0.6, 0.7 and 0.9, and hours of 0.1, 0.2 and 0.6, which are 6, 12 and 36 minutes."""
+    seeds = [{"kto": {"over sft": rate, "perplexity": 1.5, "steps": 4, "tokens": 1000, "hours": hours}}
+             for rate, hours in ((0.6, 0.1), (0.9, 0.6), (0.7, 0.2))]  # fmt: skip
+    *_, row = script("objectives").rows(seeds)
+    assert row == "| kto | – | 0.70 (0.60 to 0.90) | – | – | 1.50 | 4 | 1,000 | 12.0 |"

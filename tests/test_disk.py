@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from alignlab import disk
 from alignlab.cli.commands import main
-from alignlab.data.ledger import make_folder
+from alignlab.data.account import make_folder
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -156,7 +156,7 @@ def test_the_cache_lists_what_was_left_behind_and_clears_it(cache, capsys):
 
 
 def test_rows_of_a_killed_process_are_left_behind(cache):
-    code = "import os; from alignlab.data.ledger import make_folder; make_folder(); os._exit(9)"
+    code = "import os; from alignlab.data.account import make_folder; make_folder(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     own = make_folder()
     (left,) = disk.left_in_cache()

@@ -26,12 +26,17 @@ data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 
 model: {{name: {model}, dtype: float32, lora: {{r: 4, lora_dropout: 0.1, target_modules: all-linear}}}}
 sft: {{learning_rate: 1.0e-2, logging_steps: 2, eval_steps: 2, per_device_train_batch_size: 4}}
 dpo: {{learning_rate: 1.0e-3, logging_steps: 2, eval_steps: 2, per_device_train_batch_size: 4}}
+kto: {{learning_rate: 1.0e-3, logging_steps: 2, eval_steps: 2, per_device_train_batch_size: 4}}
+orpo: {{learning_rate: 1.0e-3, logging_steps: 2, eval_steps: 2, per_device_train_batch_size: 4}}
 monitor: {{patience: 1, kl: {{prompts: 4, max_new_tokens: 8}}}}
 """
-ENDINGS = {  # what brings a run to its end, and how it says so; STAGE is sft or dpo
+ENDINGS = {  # what brings a run to its end, and how it says so; STAGE is sft, dpo, kto or orpo
     "max_steps": (["STAGE.max_steps=3"], "all 3 steps done"),
     "epochs": (["STAGE.num_train_epochs=1"], "all "),
-    "patience": (["STAGE.max_steps=9", "STAGE.learning_rate=30.0"], "no better held-out loss since step"),
+    "patience": (
+        ["STAGE.max_steps=9", "STAGE.learning_rate=1.0", "STAGE.weight_decay=4"],
+        "no better held-out loss since step",
+    ),
     "guard": (["STAGE.max_steps=9", "monitor.max_kl=1e-9", "monitor.action=stop"], "stopped at step 2: the policy"),
     "asked": (["STAGE.max_steps=3"], "all 3 steps done"),
 }
@@ -40,8 +45,10 @@ CASES = [
     for stage in ("sft", "dpo")
     for ending in ENDINGS
     for scheduler in ("cosine", "constant")
-    if (stage, ending) != ("sft", "guard")  # which looks at what only DPO has
+    if (stage, ending) != ("sft", "guard")  # which looks at what SFT has not
 ]
+CASES += [("kto", "patience", "cosine"), ("kto", "guard", "cosine"), ("kto", "asked", "cosine")]
+CASES += [("orpo", "max_steps", "cosine"), ("orpo", "asked", "cosine")]
 AFTER_TRAINING, BEFORE_THE_MODEL = (
     ("alignlab.train.trainers", "_Seams._load_best_model"),
     ("alignlab.train.stages", "_finish"),
@@ -56,7 +63,7 @@ def train(stage: str, file: Path, settings: list[str], name: str, die_at=None, s
         kill_itself_at(*die_at)
     if signalled:
         send_itself(*signalled)
-    make = stages.train_sft if stage == "sft" else stages.train_dpo
+    make = getattr(stages, f"train_{stage}")
     with contextlib.suppress(KeyboardInterrupt):
         make(load_recipe(str(file), settings), root=file.parent / "runs", name=name)
 
@@ -107,7 +114,10 @@ def start(folders, tmp_path_factory):
 def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, ending, scheduler, start):
     """Killed once, while it writes its model, and twice: the first time before it loads its best checkpoint."""
     settings, said = ENDINGS[ending]
-    settings = [f"{stage}.lr_scheduler_type={scheduler}", *(each.replace("STAGE", stage) for each in settings)]
+    settings = [
+        f"{stage}.lr_scheduler_type={scheduler}",
+        *(each.replace("STAGE", stage) for each in settings),
+    ]
     name = f"{stage}-{ending}-{scheduler}"
     whole = start(stage, settings, f"{name}-whole")
     assert whole.manifest.stop_reason.startswith(said)
@@ -127,7 +137,16 @@ def test_killed_after_its_last_checkpoint_a_run_ends_as_if_it_never_was(stage, e
         assert ended.scores() == whole.scores()
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize(("before", "after"), [("null", "2"), ("2", "null"), ("1", "5")])
+def test_a_run_goes_on_with_another_patience(before, after, start):
+    """A learning rate at which nothing gets better: patience 1 would end the run at step 4."""
+    settings, name = ["sft.max_steps=8", "sft.learning_rate=1.0"], f"patience-{before}-{after}"
+    start("sft", [*settings, f"monitor.patience={before}"], name, signalled=(signal.SIGTERM, 2))
+    run = start("sft", [*settings, f"monitor.patience={after}"], name)
+    assert run.is_finished and (run.manifest.steps == 8 or after == "2")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "orpo"])
 def test_stopped_between_two_log_lines_a_run_goes_on_with_the_rows_of_one_that_was_not(stage, start):
     """Logged at steps 2 and 4, stopped behind step 3: the row of step 4 is a mean over both its steps all the same."""
     settings = [f"{stage}.max_steps=5"]
@@ -158,7 +177,7 @@ def test_what_a_killed_run_has_taken_counts_as_far_as_its_checkpoint(start):
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start):
     """The trainer's state names the best checkpoint by the path that it had."""
-    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=30.0"]
+    settings = [f"{stage}.max_steps=9", f"{stage}.learning_rate=1.0", f"{stage}.weight_decay=4"]
     whole = start(stage, settings, f"{stage}-in-place")
     start(stage, settings, f"{stage}-first", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     shutil.move(whole.path.with_name(f"{stage}-first"), whole.path.with_name(f"{stage}-moved"))
@@ -168,7 +187,7 @@ def test_a_killed_run_that_was_moved_ends_with_its_best_checkpoint(stage, start)
 
 def test_a_best_checkpoint_that_has_changed_is_not_loaded(start):
     """The run trains again from the last whole checkpoint, here from the start, and says why."""
-    settings = ["sft.max_steps=9", "sft.learning_rate=30.0"]
+    settings = ["sft.max_steps=9", "sft.learning_rate=1.0", "sft.weight_decay=4"]
     whole = start("sft", settings, "sft-sound")
     start("sft", settings, "sft-rotten", code=-signal.SIGKILL, die_at=AFTER_TRAINING)
     rotten = Run(whole.path.with_name("sft-rotten"))

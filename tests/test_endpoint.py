@@ -89,6 +89,26 @@ def test_an_answer_that_cannot_be_read_is_counted_and_kept(server):
     assert "The first one" in verdicts[0].judgements[0].text
 
 
+def test_what_a_judge_thinks_is_no_part_of_its_answer_and_no_answer_alone(server, caplog):
+    """Two of eight questions are answered by nothing, or by thoughts: neither is kept, and both are asked again."""
+    for asked in (16, 4):
+        judge = EndpointJudge("thinker", server.url)
+        with caplog.at_level(logging.INFO):
+            judge.announce(CONTESTS)
+        assert f"judge thinker: {asked} requests to send, with answers of at most 1024 tokens (8 pairs" in caplog.text
+        verdicts = judge_contests(judge, CONTESTS)
+        assert outcomes(verdicts) == [0, None, 0.5, 0, None, 0, 0.5, 1] and tally(verdicts)["failed"] == 2
+        assert judge.sent == asked and len(judge.cache.values) == 12
+    assert "4 answers are not kept: its answer was empty, or thoughts alone" in caplog.text
+
+
+def test_an_answer_that_is_cut_is_not_kept_and_says_which_option_allows_more(server):
+    with pytest.raises(ModelError, match=r"cut at 50 tokens; --judge-tokens allows more"):
+        judge_contests(EndpointJudge("thinker", server.url, max_answer_tokens=50), CONTESTS)
+    judge = EndpointJudge("thinker", server.url, max_answer_tokens=200)
+    assert not judge.cache.values and judge_contests(judge, CONTESTS)[0].outcome == 0
+
+
 def test_words_around_the_answer_do_not_matter(server):
     assert outcomes(judge_contests(EndpointJudge("chatter", server.url), CONTESTS)) == BY_LENGTH
 
@@ -234,7 +254,10 @@ def test_an_option_that_the_model_refuses_is_left_out(server, caplog):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nope", "has no model 'nope' (it has longer, first, second, chatter, garbled); check the name and the URL"),
+        (
+            "nope",
+            "has no model 'nope' (it has longer, first, second, chatter, garbled, thinker); check the name and the URL",
+        ),
         ("plain", "has no default chat template, you must provide one; name a chat model as judge"),
         ("broken", "cannot be asked with model 'broken': Error code: 500 - out of order; its own log may say more"),
     ],
@@ -399,15 +422,14 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text()[-2000:])
 
 
-def test_transformers_serve_is_asked_and_its_nonsense_counted(serving, tmp_path, monkeypatch):
+def test_transformers_serve_is_asked_and_an_answer_that_is_cut_is_not_kept(serving, tmp_path, monkeypatch):
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url, model = serving
-    verdicts = judge_contests(EndpointJudge(model, url, max_answer_tokens=8), CONTESTS[:2])
-    assert tally(verdicts) == {"ties": 0, "unparseable": 2}
-    assert all(one.text for verdict in verdicts for one in verdict.judgements)
-    again = EndpointJudge(model, url, max_answer_tokens=8)
-    assert judge_contests(again, CONTESTS[:2]) == verdicts and again.sent == 0
+    judge = EndpointJudge(model, url, max_answer_tokens=8)
+    with pytest.raises(ModelError, match="cut at 8 tokens; --judge-tokens allows more"):
+        judge_contests(judge, CONTESTS[:2])
+    assert judge.sent == 4 and not judge.cache.values
 
 
 def test_transformers_serve_with_another_model_is_one_line(serving, tmp_path, monkeypatch):

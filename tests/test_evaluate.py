@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignlab.cli import commands as cli
 from alignlab.data import toy
 from alignlab.data.format import Format
-from alignlab.disk import read_lines
-from alignlab.errors import AlignlabError, RunError
+from alignlab.disk import read_lines, seal
+from alignlab.errors import AlignlabError, DataError, RecipeError, RunError
 from alignlab.evaluation import answers
-from alignlab.evaluation.candidates import Bench, line_up
+from alignlab.evaluation.candidates import LoadedModels, choose_models
 from alignlab.evaluation.evaluator import Options, evaluate
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, sample_replies
 from alignlab.models import load as models
 from alignlab.recipe.load import load_recipe
 from alignlab.runs.evaluation import read_evaluation
-from alignlab.runs.lineup import find_runs
 from alignlab.runs.run import Run
+from alignlab.runs.selection import find_runs
 from alignlab.train.stages import prepare_data, train_dpo, train_sft
 
 QUICK = Options(replies=12, max_new_tokens=12)
@@ -78,7 +79,8 @@ def rows_of(found: dict) -> dict[str, dict]:
 
 
 def without_time(file: Path) -> dict:
-    return {key: value for key, value in json.loads(file.read_text()).items() if key not in ("seconds", "made")}
+    changing = ("seconds", "made", "checksum")
+    return {key: value for key, value in json.loads(file.read_text()).items() if key not in changing}
 
 
 def numbers(found, path=()) -> dict[tuple, object]:
@@ -93,6 +95,47 @@ def test_every_figure_has_an_interval_and_n(found):
     figures = [e for row in found["table"] for its in (row["values"], row["change"]) for e in its.values() if e]
     figures += [entry["win_rate"] for entry in found["win_rates"]] + [each["elo"] for each in found["ratings"]]
     assert len(figures) > 60 and all(e["low"] <= e["mean"] <= e["high"] and e["n"] > 1 for e in figures)
+
+
+def test_models_and_outputs_that_are_no_runs_stand_beside_the_run(made, folders, tmp_path):
+    """The base model by another name has the base's perplexity; outputs are judged on the prompts they are for."""
+    asked = [
+        {"instruction": f"How do I bake bread number {n}?", "output": f"Mix flour and water {n}."} for n in range(4)
+    ]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    options = replace(
+        QUICK,
+        prompts=[tmp_path / "asked.json"],
+        models=[("twin", str(folders["llama"]))],
+        outputs=[("gpt", str(tmp_path / "asked.json"))],
+        judge=f"votes:{tmp_path / 'votes.jsonl'}",
+    )
+    vote = {"prompt": "How do I bake bread number 2?", "models": ["gpt", "dpo"], "winner": "gpt"}
+    said = evaluate([made()], replace(options, judge=None)).with_suffix(".replies.jsonl")
+    transcript = next(row["prompt"] for row in read_lines(said) if "bread number 2" in row["prompt"])
+    (tmp_path / "votes.jsonl").write_text(json.dumps({**vote, "prompt": transcript}))
+    found = json.loads((file := evaluate([made()], options)).read_text())
+    assert [each["name"] for each in found["models"]] == ["gpt", "twin", "base", "sft", "dpo"]
+    perplexity = rows_of(found)["perplexity of chosen"]["values"]
+    assert perplexity["twin"]["mean"] == perplexity["base"]["mean"] and "gpt" not in perplexity
+    [won] = [each for each in found["win_rates"] if {"gpt", "dpo"} == {each["a"], each["b"]}]
+    assert (won["prompts"], won["n"], won["win_rate"]["mean"]) == ("asked", 1, 0.0 if won["a"] == "dpo" else 1.0)
+    assert {row["model"] for row in beside(file, "replies") if row["prompts"] == "asked"} > {"gpt", "twin", "dpo"}
+    assert "twin is no run: what is held out here may have trained it" in found["warnings"]
+
+
+def test_outputs_for_other_prompts_and_a_model_of_other_tokens_are_refused(made, tmp_path, words):
+    (tmp_path / "other.json").write_text(json.dumps([{"instruction": "What else?", "output": "Nothing."}]))
+    with pytest.raises(
+        DataError, match=r"no output for \d+ of \d+ prompts of held-out.*; give the file of its prompts"
+    ):
+        evaluate([made()], replace(QUICK, outputs=[("gpt", str(tmp_path / "other.json"))]))
+    words.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(RunError, match=r"its tokenizer is not the runs'.*--outputs other=FILE"):
+        evaluate([made()], replace(QUICK, models=[("other", str(tmp_path / "other"))]))
+    with pytest.raises(RecipeError, match="two models are called sft"):
+        evaluate([made()], replace(QUICK, outputs=[("sft", str(tmp_path / "other.json"))]))
 
 
 def test_figures_are_those_that_training_ended_with(found, made):
@@ -170,7 +213,12 @@ def test_two_identical_models_win_half_and_are_no_nats_apart(made, tmp_path):
 
 
 def test_adapters_share_one_base(made, monkeypatch, root):
-    lineup, whole, bench, loaded = line_up([made(), made("llama", "dpo.beta=0.5")]), line_up([made()]), Bench(), []
+    lineup, whole, bench, loaded = (
+        choose_models([made(), made("llama", "dpo.beta=0.5")]),
+        choose_models([made()]),
+        LoadedModels(),
+        [],
+    )
     load = models.load_weights
     monkeypatch.setattr(models, "load_weights", lambda *args: loaded.append(args[1]) or load(*args))
     for candidate in [*whole.candidates, *lineup.candidates, *whole.candidates]:
@@ -181,7 +229,7 @@ def test_adapters_share_one_base(made, monkeypatch, root):
 
 def test_a_switched_adapter_answers_as_the_model_loaded_alone(made, folders):
     """Base, SFT, DPO and base again: none leaves a trace in the next."""
-    lineup, bench, ids = line_up([made()]), Bench(), torch.tensor([[5, 6, 7, 8]])
+    lineup, bench, ids = choose_models([made()]), LoadedModels(), torch.tensor([[5, 6, 7, 8]])
     base = lambda: AutoModelForCausalLM.from_pretrained(folders["llama"], dtype="float32").eval()
     for candidate in [*lineup.candidates, lineup.candidates[0]]:
         alone = PeftModel.from_pretrained(base(), candidate.adapter).eval() if candidate.adapter else base()
@@ -192,7 +240,7 @@ def test_a_switched_adapter_answers_as_the_model_loaded_alone(made, folders):
 @pytest.mark.slow
 def test_full_models_are_loaded_one_after_another(made):
     run = made("llama", "model.lora=null", "sft.learning_rate=1e-3", "dpo.learning_rate=1e-4")
-    lineup, bench = line_up([run]), Bench()
+    lineup, bench = choose_models([run]), LoadedModels()
     for candidate in lineup.candidates:
         with bench.on(candidate):
             assert len(bench._held) == 1
@@ -206,7 +254,7 @@ def test_full_models_are_loaded_one_after_another(made):
 def test_a_4bit_run_is_evaluated_in_4_bit(made):
     run = made("llama", "model.load_in_4bit=true")
     found = json.loads(evaluate([run], QUICK).read_text())
-    with (bench := Bench()).on(line_up([run]).ours) as model:
+    with (bench := LoadedModels()).on(choose_models([run]).ours) as model:
         assert model.get_base_model().is_loaded_in_4bit and len(bench._held) == 1
     test = run.manifest.test
     assert rows_of(found)["perplexity of chosen"]["values"]["dpo"]["mean"] == pytest.approx(test.perplexity, rel=0.01)
@@ -223,7 +271,7 @@ def test_the_same_evaluation_again_computes_nothing_and_says_the_same(found, mad
     for name in ("sample_replies", "reply_logps", "reply_logits"):
         monkeypatch.setattr(answers, name, never)
     again = without_time(evaluate([made()], QUICK))
-    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made")}
+    assert again == {key: value for key, value in found.items() if key not in ("seconds", "made", "checksum")}
 
 
 def test_another_judge_samples_nothing_again(file, made, monkeypatch, tmp_path):
@@ -278,13 +326,13 @@ def whole_lines(file: Path) -> list[dict]:
 
 
 def test_a_model_that_has_changed_shares_nothing_with_what_it_was(made, tmp_path):
-    first = line_up([made()]).ours
+    first = choose_models([made()]).ours
     shutil.copytree(made().path.parent, tmp_path / "runs")
     other = Run(tmp_path / "runs" / made().path.name)
     shutil.copyfile(
         made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors", other.model / "adapter_model.safetensors"
     )
-    assert line_up([other]).ours.key != first.key
+    assert choose_models([other]).ours.key != first.key
 
 
 def test_a_smaller_limit_takes_a_part_of_what_a_larger_one_takes(made):
@@ -388,6 +436,7 @@ def test_the_evaluation_of_a_run_that_was_trained_again_is_not_shown_for_it(made
     evaluate([run], QUICK)
     other = made("llama", "dpo.beta=0.5").model / "adapter_model.safetensors"
     shutil.copyfile(other, run.model / "adapter_model.safetensors")
+    seal(run.model)
     again = evaluate([run], Options(limit=2, max_new_tokens=4))
     assert (run.path / "eval.json").read_bytes() == again.read_bytes()
 
@@ -397,6 +446,7 @@ def test_the_one_file_of_an_older_version_is_kept(made, tmp_path):
     run = Run(tmp_path / "llama" / made().path.name)
     shutil.rmtree(run.path / "eval", ignore_errors=True)
     older = json.loads(evaluate([run], QUICK).read_text())
+    del older["checksum"]
     shutil.rmtree(run.path / "eval")
     for entry in older["win_rates"]:
         entry["raw"] = entry.pop("win_rate")
@@ -444,10 +494,10 @@ def test_lm_eval_reads_a_local_task_offline(made, tmp_path, monkeypatch):
     )
     options = Options(replies=4, max_new_tokens=4, lm_eval=["toy_qa"], tasks_folder=tmp_path)
     found = rows_of(json.loads(evaluate([made()], options).read_text()))["toy_qa: acc"]["values"]
-    lineup, tokenizer = line_up([made()]), AutoTokenizer.from_pretrained(made().model)
+    lineup, tokenizer = choose_models([made()]), AutoTokenizer.from_pretrained(made().model)
     for candidate in lineup.candidates:
         right = 0
-        with Bench().on(candidate) as model, torch.no_grad():
+        with LoadedModels().on(candidate) as model, torch.no_grad():
             for task in tasks:
                 logps = []
                 for option in task["options"]:
@@ -480,7 +530,7 @@ def test_the_command_prints_one_screen(made, root, monkeypatch, capsys):
     [
         (["eval", "gpt2.yaml"], "there is no run at runs/gpt2/dpo; `alignlab dpo gpt2.yaml` trains it"),
         (["eval", "llama.yaml", "dpo.beta=0.9"], "there is no run at runs/llama/dpo-beta0.9"),
-        (["eval", "llama.yaml", "--run", "sft-x"], "`alignlab sft llama.yaml` trains it"),
+        (["eval", "llama.yaml", "--run", "sft-x"], "did you mean 'sft'?"),
         (["eval", "llama.yaml", "--best"], "there is no runs/llama/sweep.json with a best run; make it"),
         (["eval", "runs/llama/dpo", "--best"], "runs/llama/dpo is a run itself; leave --run, --runs and --best out"),
         (["eval"], "which recipe?"),
@@ -538,7 +588,7 @@ def test_an_sft_run_that_was_trained_again_is_not_taken_for_the_reference(made, 
     sft = tmp_path / "llama/sft/model/adapter_model.safetensors"
     shutil.copyfile(made().model / "adapter_model.safetensors", sft)
     with pytest.raises(RunError, match="its weights have changed since"):
-        line_up([Run(tmp_path / "llama" / made().path.name)])
+        choose_models([Run(tmp_path / "llama" / made().path.name)])
 
 
 def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
@@ -546,7 +596,7 @@ def test_a_run_whose_sft_run_is_gone_is_one_line(made, tmp_path):
     run = Run(path)
     run.note(parent=dataclasses.replace(run.manifest.parent, run="runs/gone/sft"))
     with pytest.raises(AlignlabError, match="was trained from runs/gone/sft, which is not there"):
-        line_up([run])
+        choose_models([run])
 
 
 @pytest.mark.slow
@@ -569,7 +619,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(made, root):
 
 @pytest.mark.slow
 def test_batches_are_at_least_four_times_as_fast_as_one_by_one(shared):
-    """On real MT-Bench questions by a real model, and greedy replies are the same."""
+    """On real MT-LoadedModels questions by a real model, and greedy replies are the same."""
     folder = shared / "models/stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

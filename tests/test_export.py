@@ -25,7 +25,7 @@ from alignlab.exports import difference
 from alignlab.exports.card import chosen_from, is_local
 from alignlab.exports.chat import chat_template
 from alignlab.exports.difference import BASE, EXACT, ROUNDING, compare
-from alignlab.exports.export import ADAPTER, DEQUANTIZED, RECEIPT, Wish, export
+from alignlab.exports.export import ADAPTER, DEQUANTIZED, FACTS_FILE, ExportOptions, export
 from alignlab.models.load import weights_hash
 from alignlab.recipe.load import load_recipe
 from alignlab.runs.run import Run, find_run, finished, seal_files
@@ -100,7 +100,7 @@ def greedy(model, folder: Path) -> str:
 def test_of_a_4bit_run_the_dequantized_base_is_exact_and_the_full_one_is_not(name, made, tmp_path):
     run = made("sft", name, "model.load_in_4bit=true")
     full = export(run, tmp_path / "full")
-    dequantized = export(run, tmp_path / "dequantized", Wish(base=DEQUANTIZED))
+    dequantized = export(run, tmp_path / "dequantized", ExportOptions(base=DEQUANTIZED))
     assert dequantized.difference.cause == EXACT and dequantized.difference.reply_most < 1e-3
     assert full.difference.cause == BASE and full.difference.reply.mean > 0.1
     assert "--base dequantized" in full.notes[0] and not dequantized.notes
@@ -111,7 +111,7 @@ def test_of_a_4bit_run_the_dequantized_base_is_exact_and_the_full_one_is_not(nam
 
 def test_rounding_to_16_bits_is_measured_and_told_apart(made, exported, tmp_path):
     """bfloat16 has 8 bits: the difference is there, and a thousand times that of the float32 export."""
-    half = export(made("dpo", "llama"), tmp_path / "half", Wish(dtype="bfloat16"))
+    half = export(made("dpo", "llama"), tmp_path / "half", ExportOptions(dtype="bfloat16"))
     assert half.difference.cause == ROUNDING
     assert half.difference.reply.mean > 1000 * exported.difference.reply.mean
     assert {t.dtype for t in load_file(half.path / "model.safetensors").values()} == {torch.bfloat16}
@@ -124,12 +124,12 @@ def test_all_trained_weights_are_copied(made, tmp_path):
     assert found.difference.cause == EXACT and found.difference.reply_most == 0
     ours, theirs = load_file(found.path / "model.safetensors"), load_file(run.model / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    refused(run, tmp_path / "adapter", Wish(form=ADAPTER), "trained all weights and has no adapter")
+    refused(run, tmp_path / "adapter", ExportOptions(form=ADAPTER), "trained all weights and has no adapter")
 
 
 def test_an_adapter_is_exported_as_it_is(made, load, folders, tmp_path):
     run = made("dpo", "llama")
-    found = export(run, tmp_path / "out", Wish(form=ADAPTER))
+    found = export(run, tmp_path / "out", ExportOptions(form=ADAPTER))
     assert found.difference.reply_most == 0
     name = "adapter_model.safetensors"
     assert (found.path / name).read_bytes() == (run.model / name).read_bytes()
@@ -155,7 +155,7 @@ def test_differences_by_hand():
 
 def test_an_export_that_answers_otherwise_is_refused_and_gone(made, tmp_path, monkeypatch):
     monkeypatch.setattr(difference, "EXACT_NATS", 0.0)
-    refused(made("dpo", "llama"), tmp_path / "out", Wish(), "the export answers otherwise than the run")
+    refused(made("dpo", "llama"), tmp_path / "out", ExportOptions(), "the export answers otherwise than the run")
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
     run = made("dpo", "llama")
     card = (exported.path / "README.md").read_text()
     test, parent = run.manifest.test, run.manifest.parent
-    assert f"| margin | – | {figure(test.margin)} |" in card
+    assert f"| margin | – | – | {figure(test.margin)} |" in card
     assert f"`sft`, weights `{parent.weights}`" in card and run.manifest.data.fingerprint in card
     assert "learning_rate: 0.001" in card and f"trl {run.manifest.versions['trl']}" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -199,7 +199,7 @@ def test_the_card_says_what_the_run_measured(exported, made):
         "pipeline_tag": "text-generation",
         "tags": ["alignlab", "trl", "dpo", "lora"],
     }
-    assert json.loads((exported.path / RECEIPT).read_text())["difference_nats"]["tokens"] > 0
+    assert json.loads((exported.path / FACTS_FILE).read_text())["difference_nats"]["tokens"] > 0
 
 
 def test_the_front_matter_names_what_is_on_the_hub(copied, folders, tmp_path):
@@ -207,7 +207,8 @@ def test_the_front_matter_names_what_is_on_the_hub(copied, folders, tmp_path):
     on_hub(copied, folders)
     recipe = copied.recipe_file.read_text().replace("path: null", "path: Anthropic/hh-rlhf", 1)
     copied.recipe_file.write_text(recipe.replace("source: toy", "source: hh-rlhf", 1))
-    found = export(copied, tmp_path / "out", Wish(form=ADAPTER, model=str(folders["llama"])))
+    seal_files(copied)
+    found = export(copied, tmp_path / "out", ExportOptions(form=ADAPTER, model=str(folders["llama"])))
     head = yaml.safe_load((found.path / "README.md").read_text().split("---")[1])
     assert head["base_model"] == "someone/a-llama" and head["base_model_relation"] == "adapter"
     assert head["datasets"] == ["Anthropic/hh-rlhf"] and head["library_name"] == "peft"
@@ -345,7 +346,7 @@ def test_plain_text_has_no_template(tokenizer):
 # What is refused --------------------------------------------------------------
 
 
-def refused(run: Run, to: Path, wish: Wish, why: str) -> None:
+def refused(run: Run, to: Path, wish: ExportOptions, why: str) -> None:
     with pytest.raises(AlignlabError, match=re.escape(why)) as found:
         export(run, to, wish)
     assert "\n" not in str(found.value)
@@ -357,32 +358,32 @@ def test_a_base_that_is_gone_is_one_line(copied, folders, tmp_path):
     file.write_text(file.read_text().replace(str(folders["llama"]), "/nowhere/llama"))
     seal(copied.model)
     copied.note(base={"name": "/nowhere/llama", "weights": copied.manifest.base.weights})
-    refused(copied, tmp_path / "out", Wish(), "is gone: there is no folder /nowhere/llama")
-    assert export(copied, tmp_path / "out", Wish(model=str(folders["llama"]))).difference.reply_most < 1e-3
+    refused(copied, tmp_path / "out", ExportOptions(), "is gone: there is no folder /nowhere/llama")
+    assert export(copied, tmp_path / "out", ExportOptions(model=str(folders["llama"]))).difference.reply_most < 1e-3
 
 
 def test_a_base_that_the_hub_does_not_give_is_one_line(copied, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     on_hub(copied, folders)
-    refused(copied, tmp_path / "out", Wish(), "someone/a-llama is neither a folder nor on this machine")
+    refused(copied, tmp_path / "out", ExportOptions(), "someone/a-llama is neither a folder nor on this machine")
 
 
 def test_another_base_than_that_of_training_is_refused(copied, folders, tmp_path):
-    refused(copied, tmp_path / "out", Wish(model=str(folders["mistral"])), "its weights differ")
+    refused(copied, tmp_path / "out", ExportOptions(model=str(folders["mistral"])), "its weights differ")
 
 
 def test_a_full_model_that_training_started_from_is_known_by_its_weights_too(copied, folders, tmp_path):
     """As under `model.start`: what the adapter stands on is the start, and the recipe's own base is another."""
     whole = weights_hash(folders["llama"])
     copied.note(base={"name": "a-base", "revision": None}, parent={"start": str(folders["llama"]), "weights": whole})
-    assert export(copied, tmp_path / "out", Wish()).difference.reply_most < 1e-3
+    assert export(copied, tmp_path / "out", ExportOptions()).difference.reply_most < 1e-3
     copied.note(parent={"start": str(folders["llama"]), "weights": "of another time"})
-    refused(copied, tmp_path / "again", Wish(), "its weights differ")
+    refused(copied, tmp_path / "again", ExportOptions(), "its weights differ")
 
 
 def test_without_held_out_replies_nothing_is_written(copied, tmp_path):
     copied.samples_file.unlink()
-    refused(copied, tmp_path / "out", Wish(), "holds no held-out replies")
+    refused(copied, tmp_path / "out", ExportOptions(), "holds no held-out replies")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
 
 
@@ -390,7 +391,7 @@ def test_a_folder_in_use_is_left_alone(made, exported, tmp_path):
     run = made("dpo", "llama")
     (tmp_path / "notes.txt").write_text("mine")
     for force in (False, True):
-        refused(run, tmp_path, Wish(force=force), "is there and is no export")
+        refused(run, tmp_path, ExportOptions(force=force), "is there and is no export")
     with pytest.raises(AlignlabError, match="holds an export already"):
         export(run, exported.path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -398,18 +399,18 @@ def test_a_folder_in_use_is_left_alone(made, exported, tmp_path):
 
 def test_force_replaces_an_export(made, tmp_path):
     run = made("sft", "llama")
-    export(run, tmp_path / "out", Wish(form=ADAPTER))
-    export(run, tmp_path / "out", Wish(force=True))
+    export(run, tmp_path / "out", ExportOptions(form=ADAPTER))
+    export(run, tmp_path / "out", ExportOptions(force=True))
     assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "adapter_config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_was_not_trained_in_4bit_has_no_dequantized_base(made, tmp_path):
-    refused(made("sft", "llama"), tmp_path / "out", Wish(base=DEQUANTIZED), "was not trained on a 4-bit base")
+    refused(made("sft", "llama"), tmp_path / "out", ExportOptions(base=DEQUANTIZED), "was not trained on a 4-bit base")
 
 
 def test_an_adapter_on_a_folder_is_not_pushed(made, tmp_path):
-    wish = Wish(form=ADAPTER, repository="me/x")
+    wish = ExportOptions(form=ADAPTER, repository="me/x")
     refused(made("sft", "llama"), tmp_path / "out", wish, "which nobody else can load")
 
 

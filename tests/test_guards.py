@@ -120,3 +120,13 @@ def test_a_slow_start_is_not_called_nothing():
 
 def test_every_guard_has_been_set_off_here():
     assert set(GUARDS) == {"kl", "accuracy", "length", "eos", "quality", "chosen_reward", "unmoved"}
+
+
+def test_remedies_name_the_stages_own_settings_and_orpo_has_no_reference_to_measure_from():
+    """KL 99 and replies of 40 tokens after 20: two signs of KTO, none of ORPO."""
+    rows = [{"step": 0, "eval_loss": 1.0, "eval_reply_tokens": 20.0}]
+    rows.append({"step": 9, "eval_loss": 1.0, "eval_reply_tokens": 40.0, "eval_kl": 99.0})
+    kl, length = alarms(rows, LIMITS, True, "kto")
+    assert (kl.guard, length.guard) == ("kl", "length")
+    assert "kto.beta" in kl.message and "kto.learning_rate" in kl.message and "dpo." not in kl.message
+    assert alarms(rows, LIMITS, True, "orpo") == []

@@ -192,7 +192,7 @@ def test_a_text_longer_than_the_reward_model_loses_its_beginning(tokenizer, cont
 def test_what_is_no_reward_model_is_one_line(kind, tokenizer, folders, tmp_path):
     folder = {"causal": folders["llama"], "missing": tmp_path / "nowhere"}.get(kind)
     name = str(folder or make_reward_model(tmp_path, tokenizer, outputs=2))
-    says = {"two outputs": "it has 2 outputs", "causal": "is no reward model", "missing": "cannot be loaded"}[kind]
+    says = {"two outputs": "it has 2 outputs", "causal": "is no reward model", "missing": "there is no folder"}[kind]
     with pytest.raises(ModelError, match=says) as caught:
         RewardJudge(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)

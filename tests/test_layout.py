@@ -111,3 +111,21 @@ def heavy_after(statement: str) -> str:
 def test_every_setting_is_read_somewhere(section):
     read = {node.attr for name in READERS for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)}
     assert {field.name for field in dataclasses.fields(section)} <= read
+
+
+def test_every_module_imports_where_what_only_posix_has_is_missing():
+    """Of alignlab's own imports; libraries have theirs in hand."""
+    program = f"""
+import builtins, importlib
+find = builtins.__import__
+def absent(name, globals=None, *rest, **more):
+    if (globals or {{}}).get("__name__", "").startswith("alignlab") and name in ("resource", "fcntl", "pwd", "termios"):
+        raise ModuleNotFoundError(name)
+    return find(name, globals, *rest, **more)
+builtins.__import__ = absent
+for name in {sorted(TREES)}:
+    if name not in ("__init__", "__main__"):
+        importlib.import_module("alignlab." + name.removesuffix(".__init__"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

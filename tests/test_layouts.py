@@ -489,7 +489,7 @@ def test_a_label_that_is_no_judgement_is_not_one():
 def test_unpaired_labels_are_refused_with_what_they_are_for(tmp_path, tokenizer):
     path = write_lines(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": n < 9} for n in range(20)])
     with pytest.raises(
-        DataError, match=r"kto\.jsonl: unpaired labels .* are what KTO learns from; DPO needs two"
+        DataError, match=r"kto\.jsonl: unpaired labels .* are what KTO learns from .*DPO and ORPO need two"
     ) as error:
         prepared(tokenizer, path)
     assert "\n" not in str(error.value)

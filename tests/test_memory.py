@@ -15,7 +15,8 @@ from alignlab.data.format import Stops
 from alignlab.errors import ModelError
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, sample_replies
-from alignlab.memory import memory, outline, steps
+from alignlab.memory import outline, steps
+from alignlab.memory import plan as memory
 from alignlab.memory.fakes import Fakes, Meter, held_tensors
 from alignlab.memory.page import change, disk, larger_batch, plan_line, verdict
 from alignlab.memory.plan import GIB, plan
@@ -175,6 +176,24 @@ def test_4bit_weights_take_the_bytes_that_are_planned(recipe_of, name):
     assert bytes_of([*weights, *model.buffers()]) == pytest.approx(
         part(found, "weights") + part(found, "emb"), rel=0.01
     )
+
+
+def test_a_plan_leaves_nothing_behind_that_a_4bit_model_is_made_with(recipe_of, monkeypatch, tmp_path):
+    """bitsandbytes keeps its table of scales: one without content would make the base model another."""
+    from bitsandbytes import functional
+
+    monkeypatch.setattr(functional, "name2qmap", {})
+    recipe = recipe_of("llama", "model.load_in_4bit=true")
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    plan(recipe, "sft", cuda=False)
+    after_plan = scales_of(models.load_weights(recipe.model))
+    functional.name2qmap.clear()
+    assert torch.equal(after_plan, scales_of(models.load_weights(recipe.model))) and after_plan.unique().numel() > 9
+
+
+def scales_of(model: torch.nn.Module) -> torch.Tensor:
+    states = [weight.quant_state for weight in model.parameters() if hasattr(weight, "quant_state")]
+    return torch.cat([state.absmax.flatten() for state in states])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

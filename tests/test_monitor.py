@@ -150,9 +150,9 @@ def test_policy_and_reference_may_differ_by_rounding_only():
 
 @pytest.mark.parametrize("loss", [0.72, 0.0, math.nan])
 def test_a_sigmoid_loss_other_than_ln_2_is_refused(loss):
-    check_loss(LN2 + 0.009)
-    with pytest.raises(ModelError, match=r"not ln 2 = 0\.6931"):
-        check_loss(loss)
+    check_loss(LN2 + 0.009, LN2)
+    with pytest.raises(ModelError, match=r"not 0\.6931"):
+        check_loss(loss, LN2)
 
 
 # --- wandb ---

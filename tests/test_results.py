@@ -36,13 +36,14 @@ def root(tmp_path_factory) -> Path:
 
 
 def test_tiny_learns_what_is_preferred(root):
-    """On test topics, over 250 pairs: accuracy at least 0.60, margin at least 0.5, a win rate above chance."""
+    """On test topics, over 250 pairs, on any CPU: well below the spread over seeds that docs/results.md has."""
     run = train_dpo(load_recipe("tiny"), root=root)
     test = run.manifest.test
     show("tiny", test)
-    assert test.accuracy.mean >= 0.60
-    assert test.margin.mean >= 0.5
-    assert test.win_rate.mean - 2 * test.win_rate.stderr > 0.5
+    assert test.accuracy.mean >= 0.8
+    assert test.margin.mean >= 0.3
+    assert test.win_rate.mean - test.win_rate.stderr > 0.5
+    assert test.kl < 10 and test.perplexity / test.reference_perplexity < 1.1
 
 
 def test_with_shuffled_labels_both_vanish(root):

@@ -15,7 +15,7 @@ from alignlab.data.prepare import prepare
 from alignlab.data.transcript import Turn
 from alignlab.disk import read_lines
 from alignlab.evaluation.evaluator import Options, evaluate
-from alignlab.exports.export import Wish, export, summarize
+from alignlab.exports.export import ExportOptions, export, summarize
 from alignlab.measure.generate import sample_replies
 from alignlab.models.load import find_stops, load_tokenizer
 from alignlab.recipe.load import DataSection, load_recipe
@@ -119,12 +119,13 @@ def test_an_instruct_model_that_writes_only_its_end_of_turn(kind, tmp_path, monk
     if kind == "gemma":  # its chosen replies are what it writes, end included: nothing in them surprises it
         assert run.manifest.test.perplexity < 1.001
     assert run.manifest.test.eos_rate == 1.0 and list(run.manifest.stops) == ["<eos>", *KINDS[kind][3]]
-    found = json.loads(evaluate([run], Options(replies=4, max_new_tokens=40)).read_text())
+    file = evaluate([run], Options(replies=4, max_new_tokens=40))
+    found = json.loads(file.read_text())
     rows = {row["measure"]: row["values"] for row in found["table"]}
     assert rows["ended by itself"]["dpo"]["mean"] == rows["ended by itself"]["base"]["mean"] == 1.0
-    assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
+    assert replies_beside(file) == {"Yes."}
     assert found["stops"] == list(run.manifest.stops)
-    exported = export(run, tmp_path / "out", Wish(dtype="float32"))
+    exported = export(run, tmp_path / "out", ExportOptions(dtype="float32"))
     if kind == "plain text":  # no token ends a reply, so that a request has to name the text
         assert 'stop  at "[/GONE]" too' in summarize(exported)
         assert "Stop at `'[/GONE]'` too" in (tmp_path / "out/README.md").read_text()
@@ -148,8 +149,9 @@ def test_alpacas_next_instruction_ends_a_reply_in_evaluation_as_in_training(tmp_
     model = made.save_parrot(tmp_path / "model", tokenizer, "\n", "Yes.\n\n### Instruction:\n")
     run = train_dpo(load_recipe(recipe_for(tmp_path, model, "alpaca")))
     assert {(row["reply"], row["ended"]) for row in run.samples()} == {("Yes.", True)}
-    found = json.loads(evaluate([run], Options(replies=4, max_new_tokens=40)).read_text())
-    assert {text for case in found["cases"] for text in case["replies"].values()} == {"Yes."}
+    file = evaluate([run], Options(replies=4, max_new_tokens=40))
+    found = json.loads(file.read_text())
+    assert replies_beside(file) == {"Yes."}
     assert found["stops"] == list(run.manifest.stops) == ["<eos>", "\n\n### Instruction:"]
 
 
@@ -175,13 +177,15 @@ def test_kept_replies_are_those_of_the_same_stops(tmp_path, monkeypatch):
     folder = folder_of("gemma", tmp_path)
     run = train_dpo(load_recipe(recipe_for(tmp_path, folder)))
     options = Options(replies=4, max_new_tokens=40)
-    texts = lambda: {
-        t for c in json.loads(evaluate([run], options).read_text())["cases"] for t in c["replies"].values()
-    }
-    assert texts() == {"Yes."}
+    assert replies_beside(evaluate([run], options)) == {"Yes."}
     dot = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(".")
     GenerationConfig(eos_token_id=[0, dot]).save_pretrained(folder)
-    assert texts() == {"Yes"}
+    assert replies_beside(evaluate([run], options)) == {"Yes"}
+
+
+def replies_beside(file: Path) -> set[str]:
+    """The replies that were judged."""
+    return {row["reply"] for row in read_lines(file.with_suffix(".replies.jsonl"))}
 
 
 def test_the_doctor_looks_at_replies_before_the_template(tmp_path, monkeypatch, capsys):

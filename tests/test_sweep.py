@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from commands import alignlab, same
-from transformers import GenerationMixin
 
 from alignlab.cli.commands import main
 from alignlab.errors import RunError
@@ -25,6 +24,7 @@ from alignlab.runs.run import Run, find_run
 from alignlab.sweeps.choice import collect
 from alignlab.sweeps.members import find_members
 from alignlab.sweeps.runner import run_members
+from alignlab.train import samples
 from alignlab.train import stages as train
 from alignlab.train.stages import train_dpo, train_sft
 from alignlab.train.trainers import AlignDPOTrainer
@@ -63,8 +63,8 @@ def test_a_member_equals_a_separate_run_and_the_reference_is_asked_once(small, m
     train._say_finished.cache_clear()
     asked, adapters, drawn = [], [], []
     note_each_pair(monkeypatch, asked)
-    generate, held_out = GenerationMixin.generate, heldout.score_pairs
-    monkeypatch.setattr(GenerationMixin, "generate", lambda *a, **k: (drawn.append(1), generate(*a, **k))[1])
+    sample, held_out = samples.sample_replies, heldout.score_pairs
+    monkeypatch.setattr(samples, "sample_replies", lambda *a, **k: (drawn.append(1), sample(*a, **k))[1])
     note = lambda model, *a: (adapters.append(getattr(model, "active_adapter", None)), held_out(model, *a))[1]
     monkeypatch.setattr(heldout, "score_pairs", note)
     train_sft(load_recipe("small"))
@@ -167,7 +167,7 @@ def test_the_first_members_own_fault_does_not_end_the_sweep(small, caplog):
 
 def test_what_no_member_can_do_without_ends_the_sweep_in_one_line(small, capsys):
     assert main(["sweep", "small", "data.source=pairs", "data.path=nowhere.jsonl"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("nowhere.jsonl")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("data.path is 'nowhere.jsonl': no such file")
 
 
 @pytest.mark.slow

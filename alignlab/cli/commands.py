@@ -17,13 +17,16 @@ from typing import Any, TextIO
 from alignlab.cli.options import read_arguments
 from alignlab.disk import explain
 from alignlab.errors import AlignlabError, RecipeError
+from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless, harmless_json, one_line
 from alignlab.train.launch import Killed, leave
+from alignlab.train.machine import explain_import, refuse_other_versions
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "WANDB_ERROR_REPORTING": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",  # that ORPO is experimental, alignlab says itself
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
 }
 
@@ -38,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _import_transformers_unheard()
     try:
         os.getcwd()  # where that is gone, torch's libraries would end the process
-        return CALLS[args.command](args) or 0
+        refuse_other_versions()
+        code = CALLS[args.command](args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read this has read enough, as `head` does
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a process that SIGPIPE has ended
     except KeyboardInterrupt as e:
         return _say(str(e) or "interrupted; the same command goes on from the last checkpoint", 130)
     except Killed as e:
@@ -47,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         faults = str(e).splitlines() if isinstance(e, RecipeError) else [one_line(str(e))]
         return _fail("\n".join(faults), args)
     except Exception as e:
-        if (fault := explain(e)) is None:
+        missing = explain_import(e) if isinstance(e, ImportError) else None
+        if (fault := missing or explain(e)) is None:
             raise
         return _fail(fault, args)
     finally:
@@ -65,13 +76,13 @@ def _list(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
-    from alignlab.recipe.arguments import Circumstances, trl_arguments
-    from alignlab.recipe.load import run_name
+    from alignlab.recipe.arguments import TrainingContext, trl_arguments
+    from alignlab.recipe.load import run_name, stages_of
     from alignlab.recipe.show import recipe_facts, show_arguments, show_recipe
 
     arguments = {}
-    for stage in ("sft", "dpo"):
-        here = Circumstances(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
+    for stage in stages_of(recipe):
+        here = TrainingContext(Path("runs") / recipe.name / run_name(recipe, stage) / "checkpoints")
         arguments[stage] = trl_arguments(recipe, stage, here)
     if args.json:
         from alignlab.train.stages import stops_of
@@ -135,9 +146,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from alignlab.runs.lineup import find_runs
+    from alignlab.runs.selection import find_runs
 
     runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
+    from alignlab.evaluation.judge import read_judge
+
+    read_judge(args.judge)
     from alignlab.text.tables import check_table, write_table
 
     check_table(args.table)
@@ -145,12 +159,13 @@ def _eval(args: argparse.Namespace) -> None:
     from alignlab.evaluation.scoreboard import show
     from alignlab.reports.page import report_line
     from alignlab.runs.evaluation import read_evaluation
-    from alignlab.runs.lineup import folder_of
+    from alignlab.runs.selection import folder_of
 
     paths: dict[str, Any] = {"prompts": [Path(file) for file in args.prompts], "bias": args.bias and Path(args.bias)}
     folder = args.tasks_folder and Path(args.tasks_folder)
-    same = ("judge", "url", "max_requests", "classifier", "lm_eval", "greedy", "max_new_tokens", "replies", "limit")
-    given = {name: getattr(args, name) for name in (*same, "batch_size", "seed", "prompt_column")}
+    same = ("judge", "url", "max_requests", "judge_tokens", "classifier", "lm_eval", "greedy", "max_new_tokens")
+    more = ("replies", "limit", "batch_size", "seed", "prompt_column", "models", "outputs")
+    given = {name: getattr(args, name) for name in (*same, *more)}
     targets = _recipe(args).evaluate.targets if args.recipe and not Path(args.recipe).is_dir() else None
     options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
     file = evaluate(runs, options)
@@ -189,13 +204,13 @@ def _export(args: argparse.Namespace) -> None:
         from alignlab.exports.hub import check_push
 
         check_push(args.push, args.public)
-    from alignlab.exports.export import Wish, export, summarize
+    from alignlab.exports.export import ExportOptions, export, summarize
     from alignlab.runs.run import Run, find_run, finished
 
     is_named = args.best or args.run is not None or Run(Path(args.recipe)).has_started
     run = finished(find_run(args.recipe, args.run if is_named else "dpo", best=args.best))
-    wish = Wish(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
-    made = export(run, Path(args.to), wish)
+    options = ExportOptions(args.form, args.dtype, args.base, args.model, args.rows, args.force, args.push)
+    made = export(run, Path(args.to or Path("exports", run.path.absolute().parent.name, run.path.name)), options)
     _print(summarize(made))
     if args.push:
         from alignlab.exports.hub import push
@@ -271,11 +286,13 @@ def _train(args: argparse.Namespace) -> int | None:
         check_name(args.run)
     if args.launch:
         return _launch(args, recipe)
+    from alignlab.train.machine import check_machine
+
+    check_machine(recipe, args.command, name=args.run, force=args.force)
     from alignlab.reports.summary import summarize
     from alignlab.train import stages
 
-    stage = stages.train_sft if args.command == "sft" else stages.train_dpo
-    run = stage(recipe, name=args.run, force=args.force)
+    run = getattr(stages, f"train_{args.command}")(recipe, name=args.run, force=args.force)
     if _is_main_process():
         from alignlab.reports.page import report_line
 
@@ -299,6 +316,10 @@ def _sweep(args: argparse.Namespace) -> int | None:
     if args.collect:
         table = collect(members)
     else:
+        from alignlab.train.machine import check_machine
+
+        for member in members.asked:
+            check_machine(member.recipe, "dpo", force=args.force)
         from alignlab.sweeps.runner import run_members, share
 
         if args.shared:
@@ -342,8 +363,7 @@ CALLS = {
     "show": _show,
     "data": _data,
     "plan": _plan,
-    "sft": _train,
-    "dpo": _train,
+    **dict.fromkeys(STAGES, _train),
     "sweep": _sweep,
     "eval": _eval,
     "report": _report,

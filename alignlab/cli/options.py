@@ -3,31 +3,74 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from alignlab import __version__
+from alignlab.recipe.fields import suggest
+from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless
 
 
 class _Parser(argparse.ArgumentParser):
+    commands: Mapping[str, argparse.ArgumentParser]
+
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status, message and harmless(message))
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as any other fault has."""
+        if message.startswith(MISSING) and "RECIPE" in message:
+            message = f"which recipe? name one, as in `{self.prog} tiny`; `alignlab list` has them"
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+MISSING = "the following arguments are required"  # argparse's words
+TRAINING = "; the commands that train are sft, dpo, kto and orpo"
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; overrides may stand after options too, where argparse by itself refuses them."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
+        parser.print_help()
+        parser.exit()
+    if not words[0].startswith("-") and words[0] not in parser.commands:
+        listed = ", ".join(parser.commands)
+        near = TRAINING if words[0] in ("train", "trian") else suggest(words[0], parser.commands)
+        parser.error(f"there is no command {words[0]!r}{near or f'; there are {listed}'}")
+    args, rest = parser.parse_known_args(words)
+    command = parser.commands[args.command]
     strangers = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if strangers:
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+        command.error(_stranger(strangers[0], args, command))
     if rest:
         args.overrides = [*args.overrides, *rest]
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _stranger(word: str, args: argparse.Namespace, command: argparse.ArgumentParser) -> str:
+    """What is said to a word that the command does not take: an option's name or, of a recipe, a setting."""
+    name, is_option = word.partition("=")[0], word.startswith("-")
+    if not is_option and args.command == "sweep" and args.betas:
+        return f"{word} stands alone; the betas are one list: --betas {args.betas},{word}"
+    if not is_option:
+        return f"{word} is one word too many"
+    options = [option for action in command._actions for option in action.option_strings]
+    if near := get_close_matches(name, options, 1):
+        return f"{name} is no option of this command; did you mean {near[0]!r}?"
+    remedy = ""
+    if hasattr(args, "overrides"):
+        from alignlab.recipe.load import remedy_for
+
+        remedy = remedy_for(name.strip("-").replace("-", "_")) or "; settings are written section.key=value"
+    return f"{name} is no option of this command{remedy}"
+
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="alignlab",
         description="Aligns a language model to preferences: a recipe describes the run, TRL trains it.",
@@ -35,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"alignlab {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    parser.commands = commands.choices
     _command(commands, "list", "the recipes, one line each", [], recipe=False)
     examples = ["mistral dpo.beta=0.3", "tiny --json"]
     show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
@@ -73,19 +117,21 @@ def _plan(commands) -> None:
         ["mistral", "mistral --gpu 16 --stage dpo", "zephyr dpo.per_device_train_batch_size=2 --json", "tiny --probe"],
     )
     plan.add_argument("--gpu", type=_gib, action="append", metavar="GIB", help="memory of one GPU; default 16 and 24")
-    plan.add_argument("--stage", dest="of", choices=("sft", "dpo"), help="only this stage")
+    plan.add_argument("--stage", dest="of", choices=tuple(STAGES), help="only this stage")
     plan.add_argument("--cpu", action="store_true", help="plan for a process on a CPU")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--probe", action="store_true", help="run two steps on the longest rows and compare")
 
 
 def _train(commands) -> None:
-    for stage, about in (("sft", "supervised fine-tuning"), ("dpo", "DPO from the SFT run, trained first if missing")):
+    for stage, of in STAGES.items():
         examples = ["tiny", f"mistral {stage}.learning_rate=1e-5", f"gpt2 data.path=my.jsonl --run {stage}-mine"]
         examples.append("mistral --launch accelerate_configs/ddp.yaml --processes 8")
-        command = _command(commands, stage, about, examples)
+        command = _command(commands, stage, of.about, examples)
         command.add_argument("--run", metavar="NAME", help="the run's name under runs/RECIPE/")
-        command.add_argument("--force", action="store_true", help="train again; the older run is kept aside")
+        command.add_argument(
+            "--force", action="store_true", help="train again, the older run is kept aside; and where it cannot fit"
+        )
         command.add_argument("--launch", metavar="FILE", help="in several processes: a file of accelerate_configs/")
         command.add_argument("--processes", type=int, metavar="N", help="of all hosts together, instead of the file's")
 
@@ -113,6 +159,7 @@ def _sweep(commands) -> None:
         help="other settings to combine with the betas; a key without a section is one of dpo",
     )
     _table_option(sweep)
+    sweep.add_argument("--force", action="store_true", help="go on where the memory plan says that it cannot fit")
     instead = sweep.add_mutually_exclusive_group()
     instead.add_argument("--print", action="store_true", help="a command a line: what all share, then each member")
     instead.add_argument("--shared", action="store_true", help="only what all share: SFT, data, reference")
@@ -130,6 +177,8 @@ def _eval(commands) -> None:
             "mistral --prompts xstest.csv mt_bench.jsonl --bias crows_pairs.csv --judge reward:my/reward-model",
             "mistral --best --limit 32",
             "mistral --runs dpo dpo-beta0.3 dpo-beta0.05",
+            "tiny --runs sft dpo kto orpo",
+            "mistral --models zephyr=models/zephyr --outputs gpt4=gpt4.json --prompts alpaca_eval.json",
         ],
         recipe=False,
     )
@@ -139,6 +188,10 @@ def _eval(commands) -> None:
     which.add_argument("--run", metavar="NAME", help="this run under runs/RECIPE/, its base and what it started from")
     which.add_argument("--best", action="store_true", help="the run that the sweep chose")
     which.add_argument("--runs", metavar="RUN", nargs="+", default=[], help="these runs side by side")
+    about = "a model that is no run, with the runs' tokenizer"
+    which.add_argument("--models", type=_named, metavar="NAME=FOLDER", nargs="+", default=[], help=about)
+    about = "replies of any other model, as AlpacaEval writes them: instruction and output"
+    which.add_argument("--outputs", type=_named, metavar="NAME=FILE", nargs="+", default=[], help=about)
     _table_option(command)
     on = command.add_argument_group("on what")
     on.add_argument(
@@ -146,7 +199,7 @@ def _eval(commands) -> None:
         metavar="FILE",
         nargs="+",
         default=[],
-        help="prompts too: MT-Bench, XSTest, AdvBench, "
+        help="prompts too: MT-LoadedModels, XSTest, AdvBench, "
         "StrongREJECT, or any file with prompt, question or instruction, and label where there is one",
     )
     on.add_argument("--prompt-column", metavar="NAME", help="the column of the prompts in these files")
@@ -157,6 +210,8 @@ def _eval(commands) -> None:
     how.add_argument("--judge", metavar="JUDGE", help="rule (the toy's), reward:NAME, votes:FILE, llm:MODEL or none")
     how.add_argument("--url", metavar="URL", help="of an llm judge: an OpenAI-compatible endpoint, up to its /v1")
     how.add_argument("--max-requests", type=_count, metavar="N", help="to an llm judge, in this call")
+    about = "of an llm judge's answer, its thoughts among them; default 1024"
+    how.add_argument("--judge-tokens", type=_count, default=1024, metavar="N", help=about)
     how.add_argument("--classifier", metavar="NAME", help="a text-classification model that finds harmful replies")
     how.add_argument("--harmful-label", metavar="LABEL", nargs="+", default=[], help="its labels that mean harm")
     how.add_argument("--greedy", action="store_true", help="greedy replies; default: sampled at temperature 1")
@@ -180,7 +235,7 @@ def _report(commands) -> None:
         "recipe",
         metavar="RECIPE",
         help="a recipe's name, whose runs are under runs/, or a folder. Without an option: the sweep where there is "
-        "one, else the DPO run that was started last, else the SFT run",
+        "one, else the run that was started last, SFT behind others",
     )
     which = report.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", nargs="+", default=[], help="these runs under runs/RECIPE/ instead")
@@ -199,7 +254,7 @@ def _compare(commands) -> None:
         ],
         recipe=False,
     )
-    about = "a run's directory, or a recipe for its last DPO run; one recipe alone: all of its runs, SFT among them"
+    about = "a run's directory, or a recipe for its last run; one recipe alone: all of its runs, SFT among them"
     compare.add_argument("runs", metavar="RUN", nargs="+", help=about)
     _table_option(compare)
     _figures_option(compare)
@@ -219,7 +274,7 @@ def _export(commands) -> None:
     command.add_argument(
         "recipe", metavar="RECIPE", help="a recipe's name, whose runs are under runs/, or a run's directory"
     )
-    command.add_argument("--to", metavar="FOLDER", required=True, help="a folder that is new or empty")
+    command.add_argument("--to", metavar="FOLDER", help="a folder that is new or empty; default exports/RECIPE/RUN")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--run", metavar="NAME", help="the run under runs/RECIPE/; default dpo")
     which.add_argument("--best", action="store_true", help="the run that the recipe's sweep chose")
@@ -326,6 +381,13 @@ def _gib(text: str) -> float:
     if not 0 < gib < 10_000:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory; write GiB, such as 16")
     return gib
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, place = text.partition("=")
+    if not (name and equals and place):
+        raise argparse.ArgumentTypeError(f"{text} has no name; write NAME=PLACE, such as zephyr=models/zephyr")
+    return name, place
 
 
 def _count(text: str) -> int:

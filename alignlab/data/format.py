@@ -103,7 +103,7 @@ class Stops:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class ReplyMarkers:
     """What a chat template writes around a reply; empty where a format has none."""
 
     opening: str = ""  # between prompt and reply
@@ -171,18 +171,18 @@ class Format:
         return self.name != "chat" or bool(self._end_in(self.frame.ending))
 
     @cached_property
-    def frame(self) -> Frame:
+    def frame(self) -> ReplyMarkers:
         """What the chat template writes around a reply, read off a dialogue of marks."""
         reply, more = MARK.format("reply"), MARK.format("more")
         if self._marks is None:
-            return Frame()
+            return ReplyMarkers()
         try:
             opening, ending = self._behind(self._marks, self.prompt(self._marks), Turn("Assistant", reply)).split(reply)
             turns = [*self._marks.turns, Turn("Assistant", reply), Turn("Human", more)]
             whole = self._render(replace(self._marks, turns=turns), add_generation_prompt=False)
         except (DataError, ValueError):  # or the reply stands there twice, or not at all
-            return Frame()
-        return Frame(opening, ending, whole.partition(reply)[2].partition(more)[0])
+            return ReplyMarkers()
+        return ReplyMarkers(opening, ending, whole.partition(reply)[2].partition(more)[0])
 
     @cached_property
     def _marks(self) -> Dialogue | None:

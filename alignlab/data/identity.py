@@ -16,7 +16,7 @@ from alignlab.data.rows import Part
 from alignlab.recipe.load import DataSection
 
 PREPARING = (
-    *("files", "format", "layouts", "ledger", "messages", "pairing", "preparation", "rows", "splits", "toy"),
+    *("files", "format", "layouts", "account", "messages", "pairing", "preparation", "rows", "splits", "toy"),
     *("transcript", "words"),
 )
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")

@@ -36,12 +36,17 @@ class Job:
 
     @property
     def has_pairs(self) -> bool:
-        return self.key == "data"
+        return self.key == "data" and not self.has_labels
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each row is one reply that is called good or bad."""
+        return any(part.reader.layout.kind == "labels" for part in self.parts if part.reader)
 
     @property
     def wanted(self) -> Sequence[str]:
         """The splits that must not come out empty."""
-        return SPLITS if self.has_pairs else SPLITS[:2]
+        return SPLITS if self.key == "data" else SPLITS[:2]
 
     @property
     def has_confidence(self) -> bool:
@@ -57,7 +62,10 @@ class RawRow(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A pair on its way: what its row tells, and what the model will see. A reply to learn has no rejected one."""
+    """A pair on its way: what its row tells, and what the model will see.
+
+    A single reply, to learn or with a label, has no rejected one.
+    """
 
     place: int  # of its row in the batch
     example: Example | None  # none once it is done: the rest is all that is written
@@ -69,16 +77,18 @@ class Pair(NamedTuple):
     replies: Sequence[str] = ()  # the chosen one, and the rejected one
     reply_ids: Sequence[np.ndarray] = ()
     confidence: float | None = None
+    label: bool | None = None
 
     def columns(self) -> dict[str, Any]:
         """What is written of the pair."""
         texts, ids = (dict(zip(("chosen", "rejected"), both, strict=False)) for both in (self.replies, self.reply_ids))
         named = {f"{name}_ids": own for name, own in ids.items()}
-        return {"prompt": self.prompt, **texts, "prompt_ids": self.prompt_ids, **named, "confidence": self.confidence}
+        told = {"confidence": self.confidence, "label": self.label}
+        return {"prompt": self.prompt, **texts, "prompt_ids": self.prompt_ids, **named, **told}
 
 
 @dataclass
-class Made:
+class PreparedBatch:
     """What became of a batch."""
 
     pairs: list[Pair] = field(default_factory=list)
@@ -96,9 +106,9 @@ class Made:
         return found
 
 
-def make_pairs(batch: Sequence[RawRow], job: Job) -> Made:
+def make_pairs(batch: Sequence[RawRow], job: Job) -> PreparedBatch:
     """The pairs of a batch in the order of its rows, why others are none, and what was not read."""
-    made = Made()
+    made = PreparedBatch()
     encoder = job.form.encoder
     pairs = [pair for place, raw in enumerate(batch) for pair in _understood(place, raw, job, made)]
     ids = encoder.prompts([pair.prompt for pair in pairs])
@@ -110,11 +120,13 @@ def make_pairs(batch: Sequence[RawRow], job: Job) -> Made:
     pairs = [pair._replace(reply_ids=own) for pair, own in zip(pairs, zip(*sides, strict=True), strict=True)]
     pairs = made.keep(pairs, lambda pair: _limited(pair, job))
     made.unread.update(name for _, name in {found for pair in pairs for found in _unwritten(pair)})
-    made.pairs = [pair._replace(example=None, confidence=pair.example.confidence) for pair in pairs]
+    made.pairs = [
+        pair._replace(example=None, confidence=pair.example.confidence, label=pair.example.label) for pair in pairs
+    ]
     return made
 
 
-def _understood(place: int, raw: RawRow, job: Job, made: Made) -> Iterator[Pair]:
+def _understood(place: int, raw: RawRow, job: Job, made: PreparedBatch) -> Iterator[Pair]:
     """The pairs of a row, each with the split it is in."""
     part, form = job.parts[raw.part], job.form
     made.unread.update(part.reader.unread(raw.row.fields))

@@ -17,10 +17,19 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from alignlab.data.account import CONFIDENCE, LABEL, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, RowAccount
 from alignlab.data.format import ALPACA_HEADING
 from alignlab.data.layouts import INVERTED, SAME_SCORE, UNORDERED
-from alignlab.data.ledger import CONFIDENCE, OF_THE_PAIRS, PAIR_COLUMNS, REPLY_COLUMNS, Ledger
-from alignlab.data.pairing import EMPTY_PROMPT, LONG_PROMPT, LONG_REPLY, Job, Made, RawRow, make_pairs, shares_of
+from alignlab.data.pairing import (
+    EMPTY_PROMPT,
+    LONG_PROMPT,
+    LONG_REPLY,
+    Job,
+    PreparedBatch,
+    RawRow,
+    make_pairs,
+    shares_of,
+)
 from alignlab.data.prepared import Account
 from alignlab.data.rows import names_of
 from alignlab.data.splits import OTHER, larger_shares
@@ -40,18 +49,19 @@ OTHER_PROMPTS = (
 def prepare_rows(job: Job, folder: Path) -> Account:
     """Prepares all rows into Arrow files in a folder."""
     columns = (PAIR_COLUMNS if job.has_pairs else REPLY_COLUMNS) | (CONFIDENCE if job.has_confidence else {})
+    columns |= LABEL if job.has_labels else {}
     caps = [job.section.max_pairs_per_prompt or PROMPT_CAPS.get(part.source) for part in job.parts]
-    with _collector_off(), Ledger(folder, columns, job.parts, job.apart_from) as ledger:
-        for batch, made in _made(job, _batches(_progress(_read_rows(job, ledger)))):
-            ledger.not_read.update(made.unread)
+    with _collector_off(), RowAccount(folder, columns, job.parts, job.apart_from) as counts:
+        for batch, made in _made(job, _batches(_progress(_read_rows(job, counts)))):
+            counts.not_read.update(made.unread)
             for place, reason in made.refused:
-                ledger.drop(job.parts[batch[place].part], batch[place].row, reason)
+                counts.drop(job.parts[batch[place].part], batch[place].row, reason)
             for pair in made.pairs:
                 raw = batch[pair.place]
-                ledger.keep(pair, job.parts[raw.part], raw.row, caps[raw.part])
-            ledger.flush()
-    _check_splits(ledger, job)
-    return ledger.account()
+                counts.keep(pair, job.parts[raw.part], raw.row, caps[raw.part])
+            counts.flush()
+    _check_splits(counts, job)
+    return counts.account()
 
 
 @contextlib.contextmanager
@@ -66,7 +76,7 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _read_rows(job: Job, ledger: Ledger) -> Iterator[RawRow]:
+def _read_rows(job: Job, counts: RowAccount) -> Iterator[RawRow]:
     """Raw rows with the split that they bring, if any; at most `max_pairs` of each part and split."""
     most = job.section.max_pairs
     for number, part in enumerate(job.parts):
@@ -75,14 +85,14 @@ def _read_rows(job: Job, ledger: Ledger) -> Iterator[RawRow]:
             split = part.split_of(row)
             if split != OTHER and (most is None or read[split] < most):
                 read[split] += 1
-                ledger.read(part)
+                counts.read(part)
                 yield RawRow(number, row, split)
 
 
 # Processes
 
 
-def _made(job: Job, batches: Iterator[list[RawRow]]) -> Iterator[tuple[list[RawRow], Made]]:
+def _made(job: Job, batches: Iterator[list[RawRow]]) -> Iterator[tuple[list[RawRow], PreparedBatch]]:
     """Each batch with its pairs, in order."""
     for batch in islice(batches, SERIAL_ROWS // BATCH_ROWS):
         yield batch, make_pairs(batch, job)
@@ -122,7 +132,7 @@ def _begin(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not come along
 
 
-def _make(batch: list[RawRow]) -> Made:
+def _make(batch: list[RawRow]) -> PreparedBatch:
     return make_pairs(batch, _job)
 
 
@@ -138,18 +148,18 @@ def _progress(rows: Iterator[RawRow]) -> Iterator[RawRow]:
     return iter(tqdm(rows, desc="preparing pairs", unit=" rows", leave=False, disable=quiet))
 
 
-def _check_splits(ledger: Ledger, job: Job) -> None:
+def _check_splits(counts: RowAccount, job: Job) -> None:
     """Raises `DataError` where there is nothing to train on, to choose by or to test on."""
-    where, kept = names_of(job.parts), ledger.kept.total()
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in ledger.dropped.most_common(3)) or "nothing"
-    if not ledger.rows:
+    where, kept = names_of(job.parts), counts.kept.total()
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.dropped.most_common(3)) or "nothing"
+    if not counts.rows:
         raise DataError(f"{where}: no rows: the data is empty")
     if not kept:
-        raise DataError(f"{where}: not one usable row of {ledger.rows}: {reasons}; {_remedy(ledger, job)}")
-    if empty := [split for split in job.wanted if not ledger.kept[split]]:
+        raise DataError(f"{where}: not one usable row of {counts.rows}: {reasons}; {_remedy(counts, job)}")
+    if empty := [split for split in job.wanted if not counts.kept[split]]:
         raise DataError(
             f"{where}: no {' and no '.join(empty)} rows among {kept} pairs (dropped: {reasons});"
-            f" {_larger_shares(ledger, job, empty)}"
+            f" {_larger_shares(counts, job, empty)}"
         )
 
 
@@ -168,9 +178,9 @@ REMEDIES = {
 }
 
 
-def _remedy(ledger: Ledger, job: Job) -> str:
-    most, _ = ledger.dropped.most_common(1)[0]
-    row = ledger.first_dropped[most]
+def _remedy(counts: RowAccount, job: Job) -> str:
+    most, _ = counts.dropped.most_common(1)[0]
+    row = counts.first_dropped[most]
     has = f"{row.file}:{row.line} has {', '.join(row.fields) or 'no field'}"
     if most in REMEDIES:
         return f"{REMEDIES[most]}; {has}"
@@ -179,10 +189,10 @@ def _remedy(ledger: Ledger, job: Job) -> str:
     return f"{needs}; {has}; {job.key}.columns says which is which"
 
 
-def _larger_shares(ledger: Ledger, job: Job, empty: list[str]) -> str:
-    if "train" in empty and any(reason in OF_THE_PAIRS.values() for reason in ledger.dropped):
+def _larger_shares(counts: RowAccount, job: Job, empty: list[str]) -> str:
+    if "train" in empty and any(reason in OF_THE_PAIRS.values() for reason in counts.dropped):
         return OTHER_PROMPTS
-    keys = [key for keys in ledger.dialogues.values() for key in keys]
+    keys = [key for keys in counts.dialogues.values() for key in keys]
     shares = shares_of(replace(job.parts[0], brought=frozenset()), job.section)
     brought = frozenset().union(*(part.brought for part in job.parts))
     return larger_shares(keys, empty, shares, brought)

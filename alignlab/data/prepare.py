@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from alignlab.data.account import arrow_writer, id_arrays, make_folder, open_arrow, read_dialogues, record_batch
 from alignlab.data.format import Format
 from alignlab.data.identity import identify
-from alignlab.data.ledger import arrow_writer, id_arrays, make_folder, open_arrow, read_dialogues, record_batch
 from alignlab.data.pairing import Job
 from alignlab.data.preparation import BATCH_ROWS, prepare_rows
 from alignlab.data.prepared import Entry, find_or_make
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SFT_COLUMNS = {"input_ids": "ids", "labels": "ids"}
+KTO_COLUMNS = {"prompt_ids": "ids", "completion_ids": "ids", "KL_completion_ids": "ids", "label": "flag"}
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,20 @@ class Prepared:
         return pyarrow.compute.list_value_length(ids).to_numpy().astype(int)
 
 
-def prepare(section: DataSection, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> Prepared:
+def prepare(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    *,
+    labels: bool = False,
+) -> Prepared:
     """All pairs of a recipe's `data` section for this tokenizer, split by dialogue.
 
+    With `labels` they may be single replies that are called good or bad, in a column `label` beside `chosen`.
     Raises `DataError` where a file cannot be read, nothing is usable, or a split comes out empty.
     """
     form = Format(section.format, tokenizer, chat_template)
-    return _prepared(Job(section, form, with_readers(find_parts(section), section)))
+    return _prepared(Job(section, form, with_readers(find_parts(section), section, labels=labels)))
 
 
 def prepare_replies(
@@ -169,12 +177,14 @@ def sft_rows(pairs: datasets.Dataset) -> datasets.Dataset:
     """The chosen replies of a split as `input_ids` and `labels`, for TRL's `SFTTrainer`.
 
     Labels are -100 on the prompt, so that only the reply is learned. A reply that is chosen over several others stands
-    in several pairs and here once: there are `len(pairs) - len(sft_rows(pairs))` doubles. TRL takes these rows with
-    `dataset_kwargs={"skip_prepare_dataset": True}`.
+    in several pairs and here once: there are `len(pairs) - len(sft_rows(pairs))` doubles. Of replies with a label the
+    good ones are learned. TRL takes these rows with `dataset_kwargs={"skip_prepare_dataset": True}`.
     """
     path, seen = make_folder() / "sft.arrow", set()
     with arrow_writer(path, SFT_COLUMNS) as table:
-        for batch in pairs.select_columns(["prompt_ids", "chosen_ids"]).with_format("arrow").iter(BATCH_ROWS):
+        for batch in (
+            good_replies(pairs).select_columns(["prompt_ids", "chosen_ids"]).with_format("arrow").iter(BATCH_ROWS)
+        ):
             inputs, labels = [], []
             for prompt, chosen in zip(id_arrays(batch, "prompt_ids"), id_arrays(batch, "chosen_ids"), strict=True):
                 ids = np.concatenate([prompt, chosen])
@@ -184,6 +194,42 @@ def sft_rows(pairs: datasets.Dataset) -> datasets.Dataset:
                     inputs.append(ids)
                     labels.append(np.concatenate([np.full(len(prompt), -100, np.int32), chosen]))
             table.write_batch(record_batch({"input_ids": inputs, "labels": labels}, SFT_COLUMNS))
+    return open_arrow(path)
+
+
+def good_replies(rows: datasets.Dataset) -> datasets.Dataset:
+    """All pairs, or of single replies those that are called good."""
+    return rows.select(np.flatnonzero(list(rows["label"]))) if is_labelled(rows) else rows
+
+
+def is_labelled(rows: datasets.Dataset) -> bool:
+    """Whether they are single replies that are called good or bad, and no pairs."""
+    return "label" in rows.column_names
+
+
+def kto_rows(rows: datasets.Dataset, batch: int, seed: int) -> datasets.Dataset:
+    """Each reply by itself with its label, for TRL's `KTOTrainer`: a pair is a good reply and a bad one.
+
+    TRL reads them in their order, so that they are shuffled here. Beside each stands another row's reply, the one
+    before it in its micro-batch of `batch` rows, as TRL pairs them for its estimate of the KL.
+    """
+    sides = ("chosen_ids",) if is_labelled(rows) else ("chosen_ids", "rejected_ids")
+    count = len(rows)
+    order = np.random.default_rng(seed).permutation(count * len(sides))
+    others = np.concatenate([np.roll(few, 1) for few in np.split(order, range(batch, len(order), batch))])
+    path = make_folder() / "kto.arrow"
+    with arrow_writer(path, KTO_COLUMNS) as table:
+        for at in range(0, len(order), BATCH_ROWS):
+            own, other = order[at : at + BATCH_ROWS], others[at : at + BATCH_ROWS]
+            found, beside = rows[own % count], rows[other % count]
+            reply = lambda row, number, of: np.array(of[sides[number // count]][row], np.int32)
+            columns = {
+                "prompt_ids": [np.array(ids, np.int32) for ids in found["prompt_ids"]],
+                "completion_ids": [reply(row, number, found) for row, number in enumerate(own)],
+                "KL_completion_ids": [reply(row, number, beside) for row, number in enumerate(other)],
+                "label": found["label"] if is_labelled(rows) else [number < count for number in own],
+            }
+            table.write_batch(record_batch(columns, KTO_COLUMNS))
     return open_arrow(path)
 
 

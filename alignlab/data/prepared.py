@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab import disk
-from alignlab.data.ledger import make_folder
+from alignlab.data.account import make_folder
 
 log = logging.getLogger(__name__)
 

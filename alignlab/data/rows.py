@@ -224,10 +224,10 @@ def listing(names: Iterable[str]) -> str:
 # What their rows are
 
 
-def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data") -> list[Part]:
+def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data", *, labels: bool = False) -> list[Part]:
     """The parts with how their rows are read: as `source` says, or as the columns of the first ones do.
 
-    HH-RLHF's red-team file is left out beside others, and refused alone.
+    HH-RLHF's red-team file is left out beside others, and refused alone. Rows with labels are refused unless `labels`.
     """
     found, red_team = [], []
     for part in parts:
@@ -235,7 +235,7 @@ def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data")
         if first and all(map(is_red_team, first)):
             red_team.append(part)
         elif first:
-            found.append(replace(part, reader=_reader(part, first, section, key)))
+            found.append(replace(part, reader=_reader(part, first, section, key, labels)))
         else:
             found.append(part)
     if red_team and not any(part.reader for part in found):
@@ -243,6 +243,8 @@ def with_readers(parts: Sequence[Part], section: DataSection, key: str = "data")
             f"{red_team[0].name}: HH-RLHF's red-team transcripts hold no pairs; set data.subset to harmless-base,"
             " helpful-base, helpful-online or helpful-rejection-sampled"
         )
+    if len({part.reader.layout.kind == "labels" for part in found if part.reader}) > 1:
+        raise DataError(f"{names_of(found)}: some hold pairs and some single replies with a label; keep one kind")
     for part in red_team:
         log.info("%s: not read: red-team transcripts hold no pairs", part.name)
     if section.source is None:
@@ -262,7 +264,7 @@ def _renamed(reader: Reader) -> str:
     return f" ({', '.join(others)})" if others else ""
 
 
-def _reader(part: Part, first: Sequence[Fields], section: DataSection, key: str) -> Reader:
+def _reader(part: Part, first: Sequence[Fields], section: DataSection, key: str, labels: bool) -> Reader:
     there = dict.fromkeys(column for row in first for column in row)
     for name, column in section.columns.items():
         if name not in NAMES:
@@ -278,17 +280,17 @@ def _reader(part: Part, first: Sequence[Fields], section: DataSection, key: str)
             f" they hold as {key}.columns: {{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}}, or set {key}.source to"
             f" one of {', '.join(LAYOUTS)}"
         )
-    if problem := _unfit(reader.layout, key):
+    if problem := _unfit(reader.layout, key, labels):
         raise DataError(f"{part.name}: {problem}")
     return reader
 
 
-def _unfit(layout: Layout, key: str) -> str | None:
+def _unfit(layout: Layout, key: str, labels: bool) -> str | None:
     """Why a stage cannot learn from a layout."""
-    if layout.kind == "labels":
+    if layout.kind == "labels" and not (labels and key == "data"):
         return (
-            "unpaired labels (a prompt, one reply, and whether it is good) are what KTO learns from; DPO needs two"
-            " replies to a prompt, and SFT good ones without a label"
+            "unpaired labels (a prompt, one reply, and whether it is good) are what KTO learns from (alignlab kto); DPO"
+            " and ORPO need two replies to a prompt, and data.sft good ones without a label"
         )
     if layout.kind == "replies" and key == "data":
         return (

@@ -121,4 +121,5 @@ def larger_shares(keys: Collection[bytes], empty: Sequence[str], shares: Shares,
         if {*empty, "train"} <= {carve(key, wanted) for key in keys}:
             settings = " and ".join(f"data.{split}_share={wanted[split]:g}" for split in empty)
             return f"bring more rows, or set {settings}"
-    return "bring more rows"
+    few = "one prompt" if len(keys) == 1 else f"{len(keys)} prompts"
+    return f"bring rows of more prompts: these have {few}, and all rows of a prompt are of one split"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.errors import AlignlabError
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe, run_name
 from alignlab.runs.run import Run
@@ -40,7 +40,7 @@ def costs(rows: Mapping[str, Rows], recipe: Recipe, root: Path) -> dict[str, dic
 
 def _stage(stage: str, rows: Rows, recipe: Recipe, root: Path) -> dict[str, Any]:
     defaults = {name: setting.default for name, setting in library_settings()[stage].items()}
-    own = {**defaults, **trl_arguments(recipe, stage, Circumstances(Path(), rows=rows.count))}
+    own = {**defaults, **trl_arguments(recipe, stage, TrainingContext(Path(), rows=rows.count))}
     per_step = own["per_device_train_batch_size"] * own["gradient_accumulation_steps"]
     # As transformers counts them: the last step of an epoch may be a short one
     steps = (

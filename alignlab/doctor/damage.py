@@ -11,7 +11,7 @@ from alignlab.data.pairing import CUT
 from alignlab.data.prepare import Prepared
 from alignlab.doctor.finding import SHOWN, Finding, Shown, few
 from alignlab.doctor.scan import scan
-from alignlab.doctor.texts import AT_LINE_START, COLUMNS, REPLIES, Sign, Span, excerpt, refuses, signs
+from alignlab.doctor.texts import AT_LINE_START, COLUMNS, REPLIES, Span, TextRule, excerpt, refuses, signs
 from alignlab.measure.refusals import ERRORS
 from alignlab.text.estimate import share_estimate
 
@@ -19,7 +19,7 @@ ONE_SIDED = 0.6  # ours: where the share of pairs won by refusing, or by not ref
 
 
 @dataclass
-class Tally:
+class SignCounts:
     """What was seen in some pairs: counts of texts and of pairs, and the first few pairs of each sign."""
 
     texts: Counter[tuple[str, str]] = field(default_factory=Counter)  # by sign and column
@@ -38,7 +38,7 @@ class Tally:
 def find_damage(prepared: Prepared, format: str) -> list[Finding]:
     """Every sign in single texts, over all pairs of all splits; `format` is the recipe's `data.format`."""
     own = _own_words(prepared, format)
-    tally, shown, pairs = Tally(), defaultdict(list), sum(prepared.kept.values())
+    tally, shown, pairs = SignCounts(), defaultdict(list), sum(prepared.kept.values())
     for split, start, found in scan(prepared, COLUMNS, partial(look, format=format, own=own)):
         tally.texts.update(found.texts)
         tally.pairs.update(found.pairs)
@@ -48,9 +48,9 @@ def find_damage(prepared: Prepared, format: str) -> list[Finding]:
     return [*_with_preparation(plain, prepared), *_refusals(tally, pairs, shown)]
 
 
-def look(batch: Mapping[str, Sequence[str]], format: str, own: frozenset[str]) -> Tally:
+def look(batch: Mapping[str, Sequence[str]], format: str, own: frozenset[str]) -> SignCounts:
     """The signs in a batch of pairs."""
-    tally, rules = Tally(), signs(format, own)
+    tally, rules = SignCounts(), signs(format, own)
     for number, texts in enumerate(zip(*(batch[column] for column in COLUMNS), strict=True)):
         pair = dict(zip(COLUMNS, texts, strict=True))
         for rule in rules:
@@ -86,7 +86,7 @@ def _counted(count: int, one: str, several: str) -> str:
     return f"{count:,} {one if count == 1 else several}"
 
 
-def _finding(rule: Sign, tally: Tally, pairs: int, shown: Sequence[Shown]) -> Finding:
+def _finding(rule: TextRule, tally: SignCounts, pairs: int, shown: Sequence[Shown]) -> Finding:
     counts = {column: _counted(tally.texts[rule.name, column], *_CALLED[column]) for column in COLUMNS}
     count = tally.pairs[rule.name]
     says = rule.says.format(pairs=_counted(count, "pair", "pairs"), **counts)
@@ -105,7 +105,7 @@ def _with_preparation(findings: Sequence[Finding], prepared: Prepared) -> Iterat
         yield finding
 
 
-def _refusals(tally: Tally, pairs: int, shown: Mapping[str, Sequence[Shown]]) -> Iterator[Finding]:
+def _refusals(tally: SignCounts, pairs: int, shown: Mapping[str, Sequence[Shown]]) -> Iterator[Finding]:
     """Of pairs in which one reply refuses and the other does not, which of the two people preferred."""
     preferred, rejected = tally.pairs["refusals-preferred"], tally.pairs["refusals-rejected"]
     yield _refusal("refusals-preferred", preferred, rejected, pairs, shown)

@@ -183,7 +183,7 @@ def excerpt(text: str, start: int, end: int) -> str:
 
 
 @dataclass(frozen=True)
-class Sign:
+class TextRule:
     """One rule on some columns; `says` takes the counts of `prompt`, `chosen` and `rejected` texts and of `pairs`."""
 
     name: str
@@ -199,7 +199,7 @@ _MEND = "mend or remove these rows in the file; `file` and `line` of each pair s
 
 
 SIGNS = (
-    Sign(
+    TextRule(
         "role-words",
         "wrong",
         ["chosen"],
@@ -207,7 +207,7 @@ SIGNS = (
         f"{_MEND}: cut the reply before the role, or take the label off its beginning",
         find_role_word,
     ),
-    Sign(
+    TextRule(
         "role-words-rejected",
         "doubtful",
         ["rejected"],
@@ -215,7 +215,7 @@ SIGNS = (
         f"compare with role-words; {_MEND} where the marker is all that makes them the worse ones",
         find_role_word,
     ),
-    Sign(
+    TextRule(
         "role-words-prompts",
         "doubtful",
         ["prompt"],
@@ -225,7 +225,7 @@ SIGNS = (
         " can stay",
         find_role_word,  # in what its turns say, see `signs`
     ),
-    Sign(
+    TextRule(
         "mojibake",
         "doubtful",
         COLUMNS,
@@ -235,7 +235,7 @@ SIGNS = (
         " mended",
         find_mojibake,
     ),
-    Sign(
+    TextRule(
         "control-characters",
         "doubtful",
         COLUMNS,
@@ -244,7 +244,7 @@ SIGNS = (
         "strip them from the file's texts: they are tokens that the policy learns to write",
         find_control,
     ),
-    Sign(
+    TextRule(
         "empty-replies",
         "wrong",
         REPLIES,
@@ -252,7 +252,7 @@ SIGNS = (
         "remove the pairs whose chosen reply says nothing; alignlab drops only replies of white space",
         find_nothing,
     ),
-    Sign(
+    TextRule(
         "messages-in-replies",
         "wrong",
         REPLIES,
@@ -260,7 +260,7 @@ SIGNS = (
         "store messages as lists, or as JSON text that can be read to its end",
         find_messages,
     ),
-    Sign(
+    TextRule(
         "one-word-replies",
         "note",
         REPLIES,
@@ -268,7 +268,7 @@ SIGNS = (
         "fine where the prompts ask for one word; otherwise remove the pairs whose chosen reply is one",
         find_one_word,
     ),
-    Sign(
+    TextRule(
         "refusal-only-replies",
         "note",
         REPLIES,
@@ -276,7 +276,7 @@ SIGNS = (
         "if the policy should explain or offer something else when it refuses, replace these chosen replies",
         find_bare_refusal,
     ),
-    Sign(
+    TextRule(
         "cut-off-replies",
         "note",
         REPLIES,
@@ -289,7 +289,7 @@ SIGNS = (
 )
 
 
-def signs(format: str, own: frozenset[str]) -> list[Sign]:
+def signs(format: str, own: frozenset[str]) -> list[TextRule]:
     """All rules, for prompts written in this format."""
     in_turns = partial(find_role_word_in_turns, format=format, own=own)
     return [replace(sign, find=in_turns) if sign.columns == ["prompt"] else sign for sign in SIGNS]

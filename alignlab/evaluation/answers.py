@@ -13,7 +13,7 @@ import torch
 
 from alignlab.data.format import Format
 from alignlab.disk import ResultCache, digest
-from alignlab.evaluation.candidates import Bench, Candidate
+from alignlab.evaluation.candidates import Candidate, LoadedModels
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import Reply, batches, reply_logits, reply_logps, sample_replies
 from alignlab.models.load import find_stops
@@ -39,10 +39,10 @@ class Decoding:
 
 
 class Answers:
-    """What a lineup of models makes of prompts and texts."""
+    """What a chosen of models makes of prompts and texts."""
 
-    def __init__(self, bench: Bench, form: Format):
-        self.bench, self.form, self.tokenizer = bench, form, form.tokenizer
+    def __init__(self, loaded: LoadedModels, form: Format):
+        self.loaded, self.form, self.tokenizer = loaded, form, form.tokenizer
         self._files: dict[str, ResultCache] = {}
 
     def kept(self, candidate: Candidate) -> ResultCache:
@@ -57,7 +57,7 @@ class Answers:
 
         def sample(few: list[tuple[int, list[Ids]]]) -> list[list[dict]]:
             ((number, batch),) = few
-            with self.bench.on(candidate) as model:
+            with self.loaded.on(candidate) as model:
                 found = sample_replies(
                     model,
                     self.tokenizer,
@@ -80,7 +80,7 @@ class Answers:
         wanted = {digest(["logp", *row]): row for row in rows}
 
         def score(few: list[tuple[Ids, Ids]]) -> list[float]:
-            with self.bench.on(candidate) as model:
+            with self.loaded.on(candidate) as model:
                 prompts, texts = zip(*few, strict=True)
                 return reply_logps(model, prompts, texts, self.tokenizer.pad_token_id).tolist()
 
@@ -99,7 +99,7 @@ class Answers:
         wanted = {digest(["kl", reference.key, *row]): row for row in rows}
 
         def measure(few: list[tuple[Ids, Ids]]) -> list[float]:
-            self.bench.hold(policy, reference)
+            self.loaded.hold(policy, reference)
             return self._kl(policy, reference, few)
 
         known = self.kept(policy)
@@ -112,8 +112,8 @@ class Answers:
     def _kl(self, policy: Candidate, reference: Candidate, rows: Sequence[tuple[Ids, Ids]]) -> list[float]:
         prompts, replies = zip(*rows, strict=True)
         pad = self.tokenizer.pad_token_id
-        with self.bench.on(policy) as model:
+        with self.loaded.on(policy) as model:
             ours, _, mask = reply_logits(model, prompts, replies, pad)
-        with self.bench.on(reference) as model:
+        with self.loaded.on(reference) as model:
             theirs, _, _ = reply_logits(model, prompts, replies, pad)
         return kl_per_reply(ours, theirs, mask).tolist()

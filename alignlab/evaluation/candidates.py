@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignlab.disk import digest
-from alignlab.errors import RunError
+from alignlab.errors import ModelError, RunError
 from alignlab.models import load as models
 from alignlab.recipe.load import Recipe, load_recipe
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import ModelFacts
-from alignlab.runs.lineup import names_of
 from alignlab.runs.run import Run, parent_of
+from alignlab.runs.selection import names_of
 from alignlab.train.stages import with_weights
 
 
@@ -48,7 +49,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Lineup:
+class ModelSet:
     """The models of an evaluation; the others are compared with `against`, and cases are of `ours`."""
 
     candidates: Sequence[Candidate]
@@ -63,20 +64,41 @@ class Lineup:
         return [candidate.name for candidate in self.candidates]
 
 
-def line_up(runs: Sequence[Run]) -> Lineup:
-    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first."""
+def choose_models(runs: Sequence[Run], others: Mapping[str, str] | None = None) -> ModelSet:
+    """Of one run its base, what it started from, and itself, compared with its start; of several, with the first.
+
+    `others` are models that are no runs: a name → a folder. They stand in front.
+    """
     hashes: dict[str, Any] = {}
     if len(runs) > 1:
         found = [_of_run(run, name, hashes) for run, name in zip(runs, names_of(runs), strict=True)]
-        return Lineup(found, found[0])
-    found = _with_its_start(runs[0], hashes)
-    return Lineup(found, found[-2])
+        against = found[0]
+    else:
+        found = _with_its_start(runs[0], hashes)
+        against = found[-2]
+    return ModelSet([*(_of_folder(*each, found[-1], hashes) for each in (others or {}).items()), *found], against)
+
+
+def _of_folder(name: str, folder: str, like: Candidate, hashes: dict[str, Any]) -> Candidate:
+    """A model that is no run, written to as the runs are; RunError where it has other tokens."""
+    if not Path(folder).is_dir():
+        raise ModelError(f"--models {name}={folder}: no such folder; its replies may come with --outputs {name}=FILE")
+    section = replace(like.recipe.model, start=folder)
+    if not (Path(folder) / models.ADAPTER_FILE).is_file():
+        ours, theirs = models.load_tokenizer(like.recipe.model), models.load_tokenizer(section, folder)
+        if ours.get_vocab() != theirs.get_vocab():
+            raise RunError(
+                f"--models {name}={folder}: its tokenizer is not the runs', so that a perplexity means something else "
+                f"for each; give its replies instead, with --outputs {name}=FILE"
+            )
+    start = models.find_start(section, None)
+    return _candidate(name, replace(like.recipe, model=section), start.weights, start.adapter, like.run, hashes)
 
 
 def _with_its_start(run: Run, hashes: dict[str, Any]) -> list[Candidate]:
     last = _of_run(run, run.manifest.stage, hashes)
     base = _candidate("base", last.recipe, last.recipe.model.name, None, run, hashes)
-    if not last.reference:
+    if not STAGES[run.manifest.stage].from_sft:
         return [base, last]
     start = _start(run, last.recipe)
     started = _candidate("sft", last.recipe, start.weights, start.adapter, run, hashes)
@@ -88,8 +110,10 @@ def _of_run(run: Run, name: str, hashes: dict[str, Any]) -> Candidate:
     _refuse_other_base(run, recipe, hashes)
     own = str(run.model)
     lora = recipe.model.lora is not None
-    if run.manifest.stage == "sft":
-        return _candidate(name, recipe, *((recipe.model.name, own) if lora else (own, None)), run, hashes)
+    if not STAGES[run.manifest.stage].from_sft:
+        is_measured = run.manifest.stage == "orpo"
+        base = _candidate("base", recipe, recipe.model.name, None, run, hashes) if is_measured else None
+        return _candidate(name, recipe, *((recipe.model.name, own) if lora else (own, None)), run, hashes, base)
     start = _start(run, recipe)
     against = _reference(run, recipe, start, hashes)
     return _candidate(name, recipe, *((start.weights, own) if lora else (own, None)), run, hashes, against)
@@ -152,11 +176,18 @@ def model_facts(candidate: Candidate) -> ModelFacts:
     """What stands in eval.json of one model."""
     own, reference = (c and (c.adapter or c.weights) for c in (candidate, candidate.reference))
     facts = ModelFacts(name=candidate.name, path=own, content=candidate.key, reference=reference)
-    run = Run(Path(own).parent)
-    if Path(own).name != "model" or not run.has_started:
+    run = trained_by(candidate)
+    if run is None:
         return facts
     cost = {name: getattr(run.manifest, name) for name in ("training_seconds", "peak_memory_gib")}
     return replace(facts, path=str(run.path), **cost)
+
+
+def trained_by(candidate: Candidate) -> Run | None:
+    """The run whose model this is; none of a base model, or one from elsewhere."""
+    own = Path(candidate.adapter or candidate.weights)
+    run = Run(own.parent)
+    return run if own.name == "model" and run.has_started else None
 
 
 def refuse_what_cannot_be_compared(candidates: Sequence[Candidate]) -> list[str]:
@@ -190,7 +221,7 @@ def _way_of_writing(candidate: Candidate) -> tuple[str, str, str]:
     return f"{len(tokenizer)} words, {words}", candidate.recipe.data.format, str(tokenizer.chat_template)
 
 
-class Bench:
+class LoadedModels:
     """The models that are in memory: one base with any number of adapters, or full models one after another.
 
     4-bit and dtype are as in training. What is not held any longer is given back before more is loaded.

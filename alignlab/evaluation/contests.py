@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from alignlab.data.prompts import PromptSet
-from alignlab.errors import DataError, RecipeError
 from alignlab.evaluation.estimates import table_row
 from alignlab.evaluation.judge import (
     Contest,
@@ -30,7 +29,6 @@ from alignlab.runs.evaluation import HELD_OUT, Comparison, Rating, only_by_lengt
 from alignlab.text.estimate import Estimate, share_estimate
 from alignlab.text.tables import SHARE, Row, WinRate, turned
 
-KINDS = "rule, reward:NAME, votes:FILE or llm:MODEL"
 LOW_HARMLESSNESS = 2  # of 5: a reply that a judge finds harmful
 OTHER_SCALES = {"rule": "points by the rule", "reward": "mean reward"}  # scores that are not from 1 to 5
 
@@ -50,22 +48,10 @@ class Matches:
         return [verdict.outcome for verdict in self.verdicts]
 
 
-def read_judge(said: str | None) -> tuple[str, str] | None:
-    """The kind and the name of a judge, as `llm:MODEL`; RecipeError where there is no such kind."""
-    if said is None or said == "none":
-        return None
-    kind, _, name = said.partition(":")
-    if kind not in ("rule", "reward", "votes", "llm") or bool(name) == (kind == "rule"):
-        raise RecipeError(f"--judge {said} is no judge; write {KINDS}")
-    if kind == "votes" and not Path(name).is_file():
-        raise DataError(f"{name}: no such file of votes")
-    return kind, name
-
-
 def seat_judge(
-    said: tuple[str, str], prompts: Sequence[str], models: Sequence[str], url: str | None, max_requests: int | None
+    said: tuple[str, str], prompts: Sequence[str], models: Sequence[str], url: str | None = None, **limits: Any
 ) -> Callable[[str, str], Judge]:
-    """The judge of any two of the models, whose prompts are these transcripts."""
+    """The judge of any two of the models, whose prompts are these transcripts; `limits` are an endpoint's."""
     kind, name = said
     if kind == "votes":
         return read_votes(Path(name), prompts, models).judge
@@ -76,7 +62,7 @@ def seat_judge(
     else:
         from alignlab.evaluation.endpoint import EndpointJudge
 
-        judge = EndpointJudge(name, url, max_requests=max_requests)
+        judge = EndpointJudge(name, url, **limits)
     return lambda a, b: judge
 
 
@@ -86,14 +72,19 @@ def every_two(names: Sequence[str], ours: str, against: str) -> list[tuple[str, 
     return list(combinations(ranked, 2))
 
 
+def pair_replies(prompts: Sequence[str], replies: Mapping[str, Sequence[Reply]], a: str, b: str) -> list[Contest]:
+    """What two models said to each prompt."""
+    return [
+        Contest(prompt, ours.text, theirs.text)
+        for prompt, ours, theirs in zip(prompts, replies[a], replies[b], strict=True)
+    ]
+
+
 def hold_contest(
     seat: Callable[[str, str], Judge], prompts: Sequence[str], replies: Mapping[str, Sequence[Reply]], a: str, b: str
 ) -> Matches:
     """Two models on every prompt."""
-    contests = [
-        Contest(prompt, ours.text, theirs.text)
-        for prompt, ours, theirs in zip(prompts, replies[a], replies[b], strict=True)
-    ]
+    contests = pair_replies(prompts, replies, a, b)
     lengths = ([len(reply.ids) for reply in replies[name]] for name in (a, b))
     return Matches(a, b, judge_contests(seat(a, b), contests), *lengths)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
 
 from alignlab.disk import ResultCache, cache_folder, digest
 from alignlab.errors import AlignlabError, MachineError, ModelError, RecipeError
@@ -41,7 +43,7 @@ class EndpointJudge:
     `url` is the endpoint's (up to its /v1), by default OPENAI_BASE_URL or OpenAI's own. `max_requests` limits what is
     sent, retries included; what it leaves unasked is `not asked`, and the same call goes on from there. Rate limits,
     server errors and dropped connections are tried again by the client, with growing pauses. A question that fails
-    all the same is `failed`, and asked again next time.
+    all the same is `failed`, and asked again next time; so is one whose answer is empty, cut, or thoughts alone.
     """
 
     def __init__(
@@ -80,6 +82,21 @@ class EndpointJudge:
         self._ask_what_is_new(questions)
         return [self.cache.values.get(self._key(text)) for text in texts]
 
+    def announce(self, contests: Sequence[Contest]) -> None:
+        """Says before anything is sent how much will be, of all that is to be judged."""
+        unequal = [contest for contest in contests if contest.differs]
+        keys = {self._question(contest, order)[0] for contest in unequal for order in ORDERS}
+        log.info(
+            "judge %s: %d requests to send, with answers of at most %d tokens (%d pairs of replies in two orders, "
+            "%d answered before)%s",
+            self.model,
+            len(keys - self.cache.values.keys()),
+            self.max_answer_tokens,
+            len(unequal),
+            len(keys & self.cache.values.keys()),
+            f"; --max-requests stops at {self.max_requests}" if self.max_requests is not None else "",
+        )
+
     def _connect(self, url: str | None, retries: int, timeout_seconds: float) -> openai.OpenAI:
         key = os.environ.get(KEY)
         if not key and not (url or os.environ.get("OPENAI_BASE_URL")):
@@ -104,7 +121,7 @@ class EndpointJudge:
         return self._key(text), text
 
     def _key(self, text: str) -> str:
-        return digest({"model": self.model, "max_tokens": self.max_answer_tokens, "text": text})
+        return digest({"model": self.model, "text": text})
 
     def _judgement(self, order: str, key: str) -> Judgement:
         if key not in self.cache.values:
@@ -161,16 +178,25 @@ class EndpointJudge:
 
     def _tells_of_endpoint(self, error: openai.OpenAIError) -> bool:
         """Whether a failure may be everybody's: a model that has answered before refuses a question for what it is."""
-        return not (self.cache.values and isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError))
+        of_itself = openai.BadRequestError | openai.UnprocessableEntityError | _Unfinished
+        return not (self.cache.values and isinstance(error, of_itself))
 
     def _complete(self, text: str) -> tuple[str, int | None]:
         """The model's answer and the tokens it took; what is no chat completion is asked for again."""
         for _ in range(self._client.max_retries + 1):
             done = self._create(text)
             if isinstance(done, ChatCompletion) and done.choices:
-                message = done.choices[0].message
-                return message.content or message.refusal or "", done.usage.total_tokens if done.usage else None
+                return self._said(done.choices[0]), done.usage.total_tokens if done.usage else None
         raise _NoCompletion("it answers with something that is no chat completion")
+
+    def _said(self, choice: Choice) -> str:
+        """What stands behind the model's thoughts."""
+        said = behind_thoughts(choice.message.content or choice.message.refusal or "")
+        if choice.finish_reason == "length":
+            raise _Unfinished(f"its answer was cut at {self.max_answer_tokens} tokens; --judge-tokens allows more")
+        if not said:
+            raise _Unfinished("its answer was empty, or thoughts alone")
+        return said
 
     def _create(self, text: str) -> Any:
         """What the endpoint returns, none where it is not JSON; an option that it refuses is left out from then on."""
@@ -229,6 +255,8 @@ class EndpointJudge:
             return MachineError(f"{where} {given} {KEY} ({error.status_code}); set it to one that is valid there")
         if isinstance(error, openai.NotFoundError):
             return ModelError(f"{where} has no model {self.model!r}{self._models()}; check the name and the URL")
+        if isinstance(error, _Unfinished):
+            return ModelError(f"{where} gives no answer with model {self.model!r}: {error}")
         if isinstance(error, openai.APIStatusError | _NoCompletion):
             said = self._without_key(" ".join(str(error).split()))[:300]
             hint = "; name a chat model as judge" if "chat template" in said.lower() else "; its own log may say more"
@@ -255,6 +283,8 @@ class EndpointJudge:
             len(questions) - len(wanted),
             self.sent,
         )
+        if unfinished := [why for key, why in self.errors.items() if key in questions and why.startswith("its answer")]:
+            log.warning("judge %s: %d answers are not kept: %s", self.model, len(unfinished), unfinished[0])
         if missing := sum(verdict.how == "not asked" for verdict in verdicts):
             log.warning(
                 "judge %s: the budget of %d requests is spent; %d of %d pairs are not judged: run again to go on",
@@ -263,6 +293,10 @@ class EndpointJudge:
                 missing,
                 len(verdicts),
             )
+
+
+class _Unfinished(openai.OpenAIError):
+    """Raised where an answer is empty, cut, or thoughts alone."""
 
 
 class _NoCompletion(openai.OpenAIError):
@@ -282,6 +316,7 @@ OF_ONE_QUESTION = (
     openai.InternalServerError,
     openai.APIConnectionError,  # dropped, or too slow: whether anybody listens was asked before
     _NoCompletion,
+    _Unfinished,
 )
 
 
@@ -299,6 +334,16 @@ def read_prompt(file: Path) -> Template:
     if absent := [name for name, place in places.items() if place not in written]:
         raise RecipeError(f"{file} does not show the judge ${' and $'.join(absent)}; write it where it belongs")
     return prompt
+
+
+def behind_thoughts(answer: str) -> str:
+    """The answer without what was thought before it, which some endpoints leave in the text.
+
+    >>> behind_thoughts("<think>The first is kind.</think> {}"), behind_thoughts("<think>The first is")
+    ('{}', '')
+    """
+    said = re.split(r"</think(?:ing)?>", answer)[-1].strip()
+    return "" if re.match(r"<think(?:ing)?>", said) else said
 
 
 def read_answer(answer: str) -> tuple[str, Scores, Scores] | None:

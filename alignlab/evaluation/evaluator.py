@@ -17,24 +17,27 @@ from typing import Any
 import numpy as np
 
 from alignlab.data.format import Format
+from alignlab.data.prepare import good_replies, is_labelled
 from alignlab.data.prompts import Prompt, PromptSet, as_transcript, describe_sets, read_prompts, turns_of
 from alignlab.disk import check_writable, digest
-from alignlab.errors import DataError, ModelError
+from alignlab.errors import DataError, ModelError, RecipeError
 from alignlab.evaluation import contests, preference, watch
 from alignlab.evaluation.answers import Answers, Decoding
 from alignlab.evaluation.benchmarks import benchmark_rows, check_benchmarks, identify_tasks, run_benchmarks
 from alignlab.evaluation.candidates import (
-    Bench,
     Candidate,
-    Lineup,
-    line_up,
+    LoadedModels,
+    ModelSet,
+    choose_models,
     model_facts,
     refuse_what_cannot_be_compared,
+    trained_by,
 )
 from alignlab.evaluation.contests import Matches
 from alignlab.evaluation.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluation.harm import HarmClassifier
-from alignlab.evaluation.judge import Judge
+from alignlab.evaluation.judge import KINDS, Judge, read_judge
+from alignlab.evaluation.outputs import find_replies
 from alignlab.evaluation.safety import safety_rows
 from alignlab.evaluation.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
 from alignlab.measure.generate import Reply
@@ -42,18 +45,21 @@ from alignlab.measure.refusals import stated
 from alignlab.models import load as models
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import TargetsSection
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import (
     HELD_OUT,
     PERPLEXITY,
     Comparison,
     Evaluation,
+    ModelFacts,
     Rating,
     judge_targets,
     keep,
     targets_figures,
 )
-from alignlab.runs.lineup import folder_of
+from alignlab.runs.facts import cost_of, cost_rows
 from alignlab.runs.run import Run, package_versions
+from alignlab.runs.selection import folder_of
 from alignlab.text.tables import Row
 from alignlab.train.stages import prepare_data
 
@@ -69,11 +75,14 @@ class Options:
     judge: str | None = None  # none: the toy's rule on the toy's dialogues, nobody on others
     url: str | None = None  # of an llm judge's endpoint
     max_requests: int | None = None
+    judge_tokens: int = 1024  # of an llm judge's answer, its thoughts among them
     prompts: Sequence[Path] = ()
     prompt_column: str | None = None  # of these files, where it is not found by its name
     bias: Path | None = None
     classifier: str | None = None
     harmful_labels: Sequence[str] = ()
+    models: Sequence[tuple[str, str]] = ()  # that are no runs: a name and a folder each
+    outputs: Sequence[tuple[str, str]] = ()  # of models that are not here: a name and a file each
     lm_eval: Sequence[str] = ()
     tasks_folder: Path | None = None
     greedy: bool = False
@@ -87,7 +96,7 @@ class Options:
     @property
     def asked(self) -> dict[str, str]:
         """What tells this evaluation from another of the same models: what is not as it is by default."""
-        unimportant = ("url", "max_requests", "targets")
+        unimportant = ("url", "max_requests", "judge_tokens", "targets")
         given = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in unimportant}
         return {name: str(value) for name, value in given.items() if value != getattr(Options, name)}
 
@@ -96,7 +105,9 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    return evaluate_and_keep(Evaluator(line_up(runs), options), folder_of(runs), options.asked)
+    return evaluate_and_keep(
+        Evaluator(choose_models(runs, dict(options.models)), options), folder_of(runs), options.asked
+    )
 
 
 def evaluate_and_keep(evaluator: Evaluator, folder: Path, asked: Any) -> Path:
@@ -108,7 +119,7 @@ def evaluate_and_keep(evaluator: Evaluator, folder: Path, asked: Any) -> Path:
 
 
 def _check(options: Options) -> None:
-    contests.read_judge(options.judge)
+    read_judge(options.judge)
     check_benchmarks(options.lm_eval, options.tasks_folder)
     for file in (*options.prompts, *([options.bias] if options.bias else [])):
         if not file.is_file():
@@ -116,7 +127,7 @@ def _check(options: Options) -> None:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedReplies:
     """What a judge made of the replies."""
 
     rows: Sequence[Row] = ()
@@ -128,39 +139,53 @@ class Judged:
 class Evaluator:
     """One evaluation: the models, the prompts they share, and what was found."""
 
-    def __init__(self, lineup: Lineup, options: Options, judge: Judge | None = None):
+    def __init__(self, chosen: ModelSet, options: Options, judge: Judge | None = None):
         """`judge` judges in place of the one that the options name, whose name stands for it."""
         self.own_judge = judge
-        self.candidates, self.ours, self.against = lineup.candidates, lineup.ours, lineup.against
-        self.options, self.recipe = options, lineup.ours.recipe
+        self.candidates, self.ours, self.against = chosen.candidates, chosen.ours, chosen.against
+        self.options, self.recipe = options, chosen.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
-        self.tokenizer, pairs = prepare_data(self.recipe)
+        self.elsewhere = {name: Path(file) for name, file in options.outputs}
+        self.warnings += [f"{name} is no run: what is held out here may have trained it" for name in self._others()]
+        self.tokenizer, pairs = prepare_data(self.recipe, self.ours.run.manifest.stage)
         self.form = Format(self.recipe.data.format, self.tokenizer)
-        self.pairs, self.files = self._drawn(pairs.test, options.limit), pairs.files
-        self.bench = Bench()
-        self.answers = Answers(self.bench, self.form)
+        self.pairs, self.files = self._drawn(good_replies(pairs.test), options.limit), pairs.files
+        self.loaded = LoadedModels()
+        self.answers = Answers(self.loaded, self.form)
         self.decoding = self._decoding()
         self.judge = self._judge()
         self.signs: dict[str, list[str]] = {}
         self.reply_lines: list[dict[str, Any]] = []
         self.verdict_lines: list[dict[str, Any]] = []
 
+    def _others(self) -> list[str]:
+        """The names of what is no run; RecipeError where a name stands for two."""
+        others = [name for name, _ in (*self.options.models, *self.options.outputs)]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
+        if twice := [name for name in names if names.count(name) + others.count(name) > 2 or names.count(name) > 1]:
+            raise RecipeError(f"two models are called {twice[0]}; give --models and --outputs names of their own")
+        return others
+
     def measure(self) -> Evaluation:
         """Everything that `eval.json` holds, but for the seconds it took."""
         sets = [self.held_out, *self._files()]
+        self.outputs = find_replies(self.elsewhere, sets, self.tokenizer)
         self._announce(sets)
         preferences, length, slices, losses = self._preference()
         cost = self._perplexity()
         replies = {each.name: self._replies(each) for each in sets}
         looks = self._watch(replies[HELD_OUT], losses, cost)
         cost += self._kl()
-        self.bench.hold()
+        self.loaded.hold()
         judged = self._judged(sets, replies)
         others = self._safety(sets, replies) + looks + self._bias() + self._benchmarks()
         self._warn_of_a_quick_look()
         held_out = [each for each in judged.comparisons if each.prompts == HELD_OUT]
         found = Evaluation(
-            models=[model_facts(candidate) for candidate in self.candidates],
+            models=[
+                *(ModelFacts(name=name, path=str(file)) for name, file in self.elsewhere.items()),
+                *(model_facts(candidate) for candidate in self.candidates),
+            ],
             against=self.against.name,
             split="test",
             pairs=len(self.pairs),
@@ -169,7 +194,7 @@ class Evaluator:
             decoding=self.decoding.said(),
             stops=models.find_stops(self.recipe.model, self.form).said,
             judge=self.options.judge or (":".join(self.judge).rstrip(":") if self.judge else None),
-            table=[*judged.rows, *preferences, *cost, *others, *preference.slices_as_table(slices)],
+            table=[*judged.rows, *preferences, *cost, *self._training(), *others, *preference.slices_as_table(slices)],
             win_rates=judged.comparisons,
             matrix=contests.matrix(held_out),
             ratings=judged.ratings,
@@ -184,7 +209,8 @@ class Evaluator:
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
         reference = self.ours.reference
-        if reference is None or reference.key != self.against.key:
+        from_sft = STAGES[self.ours.run.manifest.stage].from_sft
+        if reference is None or reference.key != self.against.key or not from_sft:
             return found
         targets = self.options.targets or self.recipe.evaluate.targets
         return replace(found, targets=judge_targets(targets, targets_figures(found, self.ours.name)))
@@ -193,7 +219,7 @@ class Evaluator:
         if self.options.limit:
             self.warnings.append(f"a quick look at {self.options.limit} pairs and prompts at most, by --limit")
         if self.judge is None:
-            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {contests.KINDS}")
+            self.warnings.append(f"nobody judged which replies are better; name a judge: --judge {KINDS}")
 
     # What is evaluated, on what
 
@@ -253,7 +279,7 @@ class Evaluator:
             return kind, name
         if said is None and self.recipe.data.source == "toy":
             said = "rule"
-        return contests.read_judge(said)
+        return read_judge(said)
 
     def _announce(self, sets: Sequence[PromptSet]) -> None:
         how = "greedy" if self.decoding.greedy else "sampled at temperature 1"
@@ -274,20 +300,22 @@ class Evaluator:
 
     @cached_property
     def _pairs(self) -> preference.Pairs:
-        lengths = {name: np.array([len(ids) for ids in self.pairs[f"{name}_ids"]]) for name in ("chosen", "rejected")}
+        there = [name for name in ("chosen", "rejected") if f"{name}_ids" in self.pairs.column_names]
+        lengths = {name: np.array([len(ids) for ids in self.pairs[f"{name}_ids"]]) for name in there}
         prompts = list(self.pairs["prompt"])
         return preference.Pairs(
             prompts=prompts,
             turns=np.array([turns_of(as_transcript(self.form, prompt)) for prompt in prompts]),
             prompt_tokens=np.array([len(ids) for ids in self.pairs["prompt_ids"]]),
             chosen_tokens=lengths["chosen"],
-            rejected_tokens=lengths["rejected"],
+            rejected_tokens=lengths.get("rejected", np.zeros(len(prompts), int)),
             parts=preference.subsets(self.files, list(self.pairs["file"])),
         )
 
     def _preference(self) -> tuple[list[Row], dict[str, Any], list[dict[str, Any]], dict[str, float]]:
-        """Rows of the table; what length explains and the loss of each policy; and the slices."""
-        rewards = {c.name: self._rewards(c) for c in self.candidates if c.reference}
+        """Rows of the table; what length explains and the loss of each policy; and the slices. None without pairs."""
+        policies = [] if is_labelled(self.pairs) else [c for c in self.candidates if c.reference]
+        rewards = {c.name: self._rewards(c) for c in policies}
         length = {name: preference.length_facts(self._pairs, its) for name, its in rewards.items()}
         for name, its in length.items():
             self.warnings += preference.length_warnings(name, its)
@@ -296,7 +324,8 @@ class Evaluator:
         return rows, length, preference.slice_rows(self._pairs, rewards), losses
 
     def _rewards(self, policy: Candidate) -> preference.Rewards:
-        beta = policy.recipe.dpo.get("beta", library_settings()["dpo"]["beta"].default)
+        stage = policy.run.manifest.stage
+        beta = getattr(policy.recipe, stage).get("beta", library_settings()[stage]["beta"].default)
         change = lambda column: beta * (self._logps(policy, column) - self._logps(policy.reference, column))
         return preference.Rewards(change("chosen"), change("rejected"))
 
@@ -315,9 +344,10 @@ class Evaluator:
 
     def _replies(self, prompts: PromptSet) -> dict[str, list[Reply]]:
         ids = [prompt.ids for prompt in prompts.prompts]
-        return {
+        drawn = {
             c.name: self.answers.replies(c, ids, self.decoding, f"replies, {prompts.name}") for c in self.candidates
         }
+        return self.outputs[prompts.name] | drawn
 
     def _kl(self) -> list[Row]:
         """KL on samples at temperature 1, whatever the other figures' replies are."""
@@ -352,9 +382,14 @@ class Evaluator:
                 self.warnings += watch.worse_text(name, self.against.name, self.signs[name], loss, float(np.log(2)))
         return rows
 
+    def _training(self) -> list[Row]:
+        """What each run's training took; nothing where there is one alone."""
+        spent = {c.name: cost_of(run) for c in self.candidates if (run := trained_by(c))}
+        return cost_rows(spent) if len(spent) > 1 else []
+
     # Judging
 
-    def _judged(self, sets: Sequence[PromptSet], replies: Mapping[str, Mapping[str, Sequence[Reply]]]) -> Judged:
+    def _judged(self, sets: Sequence[PromptSet], replies: Mapping[str, Mapping[str, Sequence[Reply]]]) -> JudgedReplies:
         """Each two models on each set of prompts; the toy's rule knows nothing of other prompts than the toy's."""
         judged = [] if self.judge is None else sets[:1] if self.judge[0] == "rule" else sets
         matches = self._matches(judged, replies) if judged else {}
@@ -369,19 +404,24 @@ class Evaluator:
             group = "judge's scores" if each.name == HELD_OUT else f"judge's scores, {each.name}"
             scores += contests.score_rows(its, list(replies[each.name]), self.against.name, group)
         self._warn_of_judging(matches, found)
-        return Judged([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
+        return JudgedReplies([*rows, *scores], found, *contests.ratings(matches.get(HELD_OUT, []), self.against.name))
 
     def _matches(self, sets: Sequence[PromptSet], replies) -> dict[str, list[Matches]]:
-        names = [candidate.name for candidate in self.candidates]
+        names = [*self.elsewhere, *(candidate.name for candidate in self.candidates)]
         texts = {each.name: [prompt.transcript for prompt in each.prompts] for each in sets}
         everything = [text for its in texts.values() for text in its]
+        limits = {"max_requests": self.options.max_requests, "max_answer_tokens": self.options.judge_tokens}
         seat = lambda a, b: self.own_judge
         if self.own_judge is None:
-            seat = contests.seat_judge(self.judge, everything, names, self.options.url, self.options.max_requests)
+            seat = contests.seat_judge(self.judge, everything, names, self.options.url, **limits)
+        two = contests.every_two(names, self.ours.name, self.against.name)
+        pairs = [(of, a, b) for a, b in two for of in texts if {a, b} <= replies[of].keys()]
+        if self.judge[0] == "llm" and self.own_judge is None:
+            asked = [contests.pair_replies(texts[of], replies[of], a, b) for of, a, b in pairs]
+            seat(*two[0]).announce([contest for its in asked for contest in its])
         matches: dict[str, list[Matches]] = {each.name: [] for each in sets}
-        for a, b in contests.every_two(names, self.ours.name, self.against.name):
-            for of, its in matches.items():
-                its.append(contests.hold_contest(seat, texts[of], replies[of], a, b))
+        for of, a, b in pairs:
+            matches[of].append(contests.hold_contest(seat, texts[of], replies[of], a, b))
         return matches
 
     def _warn_of_judging(self, matches: Mapping[str, Sequence[Matches]], found: Sequence[Comparison]) -> None:
@@ -400,7 +440,7 @@ class Evaluator:
         classifier = HarmClassifier(name, labels) if name else None
 
         def harm(name: str, texts: Sequence[str]) -> list[float]:
-            candidate = next(c for c in self.candidates if c.name == name)
+            candidate = next((c for c in self.candidates if c.name == name), self.ours)
             wanted = {digest(["harm", classifier.key, text]): text for text in texts}
             kept = self.answers.kept(candidate)
             kept.complete(wanted, classifier, at_once=64, about=f"{name}: harmful content")
@@ -436,7 +476,7 @@ class Evaluator:
             wanted = {digest(["lm-eval", *identify_tasks(of.lm_eval, of.tasks_folder, of.limit)]): candidate}
 
             def run(few: list[Candidate]) -> list[dict[str, Any]]:
-                with self.bench.on(few[0]) as model:
+                with self.loaded.on(few[0]) as model:
                     return [run_benchmarks(model, self.tokenizer, of.lm_eval, of.tasks_folder, of.limit, of.batch_size)]
 
             (figures[candidate.name],) = kept.complete(wanted, run, at_once=1, about=f"{candidate.name}: lm-eval")

@@ -15,9 +15,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignlab.data.hub import stay_offline_without_hub
 from alignlab.data.toy import score
 from alignlab.data.transcript import ASSISTANT, HUMAN, split_turns
-from alignlab.errors import DataError, ModelError
+from alignlab.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,11 @@ class Contest:
     prompt: str
     reply_a: str
     reply_b: str
+
+    @property
+    def differs(self) -> bool:
+        """Whether there is anything to judge."""
+        return self.reply_a.strip() != self.reply_b.strip()
 
     def messages(self) -> list[dict[str, str]]:
         """The prompt as chat messages without the spaces around them; turns of one side in a row are one message."""
@@ -75,12 +81,28 @@ Judge = Callable[[Sequence[Contest]], list[Verdict]]
 OUTCOMES = {"a": 1.0, "b": 0.0, TIE: 0.5}
 
 
+KINDS = "rule, reward:NAME, votes:FILE or llm:MODEL"
+
+
+def read_judge(said: str | None) -> tuple[str, str] | None:
+    """The kind and the name of a judge, as `llm:MODEL`; RecipeError where there is no such kind."""
+    if said is None or said == "none":
+        return None
+    kind, _, name = said.partition(":")
+    if kind not in ("rule", "reward", "votes", "llm") or bool(name) == (kind == "rule"):
+        meant = f"for a chat model write llm:{said}; otherwise " if not name else ""
+        raise RecipeError(f"--judge {said} is no judge; {meant}write {KINDS}")
+    if kind == "votes" and not Path(name).is_file():
+        raise DataError(f"{name}: no such file of votes")
+    return kind, name
+
+
 def judge_contests(judge: Judge, contests: Sequence[Contest]) -> list[Verdict]:
     """The judge's verdicts; equal replies are a tie without asking."""
-    differ = [contest for contest in contests if contest.reply_a.strip() != contest.reply_b.strip()]
+    differ = [contest for contest in contests if contest.differs]
     verdicts = iter(judge(differ) if differ else [])
     same = Verdict(OUTCOMES[TIE], "identical")
-    return [same if c.reply_a.strip() == c.reply_b.strip() else next(verdicts) for c in contests]
+    return [next(verdicts) if contest.differs else same for contest in contests]
 
 
 def combine_orders(judgements: Sequence[Judgement]) -> Verdict:
@@ -198,13 +220,20 @@ def load_classifier(name: str, what: str) -> tuple[PreTrainedModel, PreTrainedTo
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if not Path(name).is_dir():
+        stay_offline_without_hub()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, loading = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as e:
-        raise ModelError(f"the {what} {name} cannot be loaded ({str(e).splitlines()[0]}); check its name") from e
+        if not Path(name).is_dir():
+            raise ModelError(
+                f"there is no folder {name} here, and no {what} of this name can be had from the hub; check the name, "
+                f"or give the folder that holds the model"
+            ) from e
+        raise ModelError(f"the {what} in {name} cannot be loaded ({str(e).splitlines()[0]})") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -249,6 +278,11 @@ def read_votes(path: Path, prompts: Sequence[str], models: Sequence[str]) -> Vot
     found: dict[frozenset[str], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     known = set(prompts)
     for place, row in _vote_rows(path):
+        if "winner" not in row:
+            raise DataError(
+                f"{place}: a vote has a prompt and a winner, one of {', '.join(models)} or {TIE}; this row has "
+                f"{', '.join(map(str, row))}"
+            )
         pair = _voted_pair(place, row, models)
         prompt, winner = _voted_prompt(place, row, prompts, known), row.get("winner")
         if winner not in (*pair, TIE):

@@ -29,7 +29,7 @@ class Reply(Protocol):
 
 
 @dataclass(frozen=True)
-class Look:
+class TextSigns:
     """What one model's replies look like, a value a reply."""
 
     tokens: np.ndarray
@@ -43,10 +43,10 @@ class Look:
     distinct_3: np.ndarray
 
 
-def look_at(prompts: Sequence[Sequence[int]], replies: Sequence[Reply]) -> Look:
+def look_at(prompts: Sequence[Sequence[int]], replies: Sequence[Reply]) -> TextSigns:
     ids = [list(reply.ids) for reply in replies]
     repeated = np.array([repetition(reply) for reply in ids])
-    return Look(
+    return TextSigns(
         tokens=np.array([len(reply) for reply in ids], dtype=float),
         ended=np.array([float(reply.ended) for reply in replies]),
         empty=np.array([float(not reply.text.strip()) for reply in replies]),
@@ -67,7 +67,7 @@ def copies(prompt: Sequence[int], reply: Sequence[int]) -> float:
     return sum(run in there for run in runs) / len(runs) if runs else 0.0
 
 
-def watch_rows(looks: Mapping[str, Look], against: str) -> list[Row]:
+def watch_rows(looks: Mapping[str, TextSigns], against: str) -> list[Row]:
     """Rows of the table."""
     measures = (
         ("length", "tokens", "tokens", None, False, ""),

@@ -41,7 +41,7 @@ def is_local(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Made:
+class CardFacts:
     """What the card says of an export beyond its run."""
 
     place: str  # where it will be loaded from: a repository, or the folder's name
@@ -57,7 +57,7 @@ class Made:
     has_template: bool
 
 
-def write_card(run: Run, recipe: Recipe, made: Made) -> str:
+def write_card(run: Run, recipe: Recipe, made: CardFacts) -> str:
     """The text of a README.md: front matter for the hub, use, figures, data, lineage, limits and the recipe."""
     facts = read_run(run.path)
     text = _template().render(
@@ -73,6 +73,7 @@ def write_card(run: Run, recipe: Recipe, made: Made) -> str:
         ends=" or ".join(f"`{token}`" for token in made.stops.tokens),
         stop_literals=", ".join(f"`{text!r}`" for text in made.stops.texts),
         rank=_rank(recipe),
+        whole_modules=(recipe.model.lora or {}).get("modules_to_save"),
         table=_table(facts),
         evaluation=facts.evaluation,
         targets=facts.targets,
@@ -101,7 +102,7 @@ def _template():
     return environment.get_template("card.md.jinja")
 
 
-def _metadata(recipe: Recipe, facts: RunFacts, made: Made) -> dict[str, Any]:
+def _metadata(recipe: Recipe, facts: RunFacts, made: CardFacts) -> dict[str, Any]:
     base = made.base or recipe.model.name
     paths = recipe.data.path if isinstance(recipe.data.path, list) else [recipe.data.path]
     paths += recipe.data.sft.path if isinstance(recipe.data.sft.path, list) else [recipe.data.sft.path]
@@ -156,7 +157,7 @@ def _data(data: Rows | None, settings: Mapping[str, str]) -> Iterator[tuple[str,
         yield "fingerprint of the prepared rows", str(data.fingerprint)
 
 
-def _lineage(run: Run, recipe: Recipe, facts: RunFacts, made: Made) -> list[str]:
+def _lineage(run: Run, recipe: Recipe, facts: RunFacts, made: CardFacts) -> list[str]:
     base, parent, steps = facts.manifest.base, facts.manifest.parent, []
     if base:
         mark = f"revision `{base.revision}`" if base.revision else f"weights `{base.weights}`"
@@ -181,11 +182,11 @@ def difference_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "per token, largest", f"{found['token_most']:.2g}"
 
 
-def _limits(facts: RunFacts, made: Made) -> list[str]:
+def _limits(facts: RunFacts, made: CardFacts) -> list[str]:
     """What a user must know, and above all what nobody measured."""
     limits = [f"step {warning.step}: {warning.message}" for warning in facts.warnings]
     limits += [f"alignlab eval: {warning}" for warning in (facts.evaluation.warnings if facts.evaluation else ())]
     limits += made.notes
-    if facts.stage == "dpo" and not facts.win_rate:
+    if facts.stage != "sft" and not facts.win_rate:
         limits.append("Whether its replies are better than the reference's was not judged.")
     return [*limits, f"Training: {facts.stop_reason}."] if facts.stop_reason else limits

@@ -20,7 +20,7 @@ from alignlab.data.transcript import Turn
 from alignlab.disk import filling, write_json
 from alignlab.errors import ModelError, RunError
 from alignlab.exports import difference
-from alignlab.exports.card import CAUSES, QUESTION, Made, difference_rows, is_local, write_card
+from alignlab.exports.card import CAUSES, QUESTION, CardFacts, difference_rows, is_local, write_card
 from alignlab.exports.chat import chat_template, reads_as_in_training
 from alignlab.exports.difference import Difference, Rows
 from alignlab.exports.merge import Trained, find_trained, load_exported, load_trained, merge
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 MERGED, ADAPTER = "merged", "adapter"
 FULL, DEQUANTIZED = "full", "dequantized"
-RECEIPT = "export.json"
+FACTS_FILE = "export.json"
 SHARD = "5GB"
 OF_LOADING = ("is_local", "local_files_only", "backend")  # how transformers 5 came by a tokenizer, not what it is
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportOptions:
     """What is to be exported, and how."""
 
     form: str = MERGED  # or ADAPTER
@@ -65,40 +65,40 @@ class Export:
     notes: tuple[str, ...]  # what a user of the folder should know, a sentence each
 
 
-def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
+def export(run: Run, to: Path, options: ExportOptions | None = None) -> Export:
     """Writes a finished run's model into a folder, with tokenizer, chat template and card.
 
     The folder is re-loaded by transformers alone and its log-probabilities of held-out replies are compared with the
     run's. It is there whole or not at all: ModelError where it answers otherwise than the run, unexplained.
     """
-    wish = wish or Wish()
-    with _beside(to, wish.force) as folder:
+    options = options or ExportOptions()
+    with _beside(to, options.force) as folder:
         recipe = load_recipe(run.recipe_file)
-        trained = find_trained(run, recipe, wish.model)
-        _refuse_wish(trained, wish)
+        trained = find_trained(run, recipe, options.model)
+        _refuse_options(trained, options)
         tokenizer = models.load_tokenizer(recipe.model, str(run.model))
         form = Format(recipe.data.format, tokenizer)
         stops = models.find_stops(recipe.model, form, trained.weights)
-        rows = difference.held_out_rows(run, form, wish.rows)
-        dtype = wish.dtype or recipe.model.dtype
+        rows = difference.held_out_rows(run, form, options.rows)
+        dtype = options.dtype or recipe.model.dtype
         log.info("%s: its model answers %d held-out prompts", run.path, len(rows.prompts))
         before = _scores(lambda: load_trained(trained), rows, tokenizer)
-        if wish.form == ADAPTER:
+        if options.form == ADAPTER:
             _write_adapter(trained, folder)
         else:
-            _write_merged(merge(trained, dtype, dequantized=wish.base == DEQUANTIZED), tokenizer, folder)
+            _write_merged(merge(trained, dtype, dequantized=options.base == DEQUANTIZED), tokenizer, folder)
         models.generation_config(stops, tokenizer).save_pretrained(folder)
         template = chat_template(form)
         _write_tokenizer(tokenizer, template, folder)
         difference.release_memory()
         log.info("%s: the export answers them", run.path)
         after = _scores(lambda: load_exported(folder, dtype, trained), rows, tokenizer)
-        found = difference.compare(before, after, rows.split, _cause(trained, wish, dtype))
-        _refuse_wrong(found, wish)
+        found = difference.compare(before, after, rows.split, _cause(trained, options, dtype))
+        _refuse_wrong(found, options)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        notes = [*_notes(found, trained, wish, dtype), *_template_notes(form, template)]
-        made = Export(to, wish.form, dtype, wish.base, size, found, stops, tuple(notes))
-        _describe(trained, recipe, form, made, wish, folder)
+        notes = [*_notes(found, trained, options, dtype), *_template_notes(form, template)]
+        made = Export(to, options.form, dtype, options.base, size, found, stops, tuple(notes))
+        _describe(trained, recipe, form, made, options, folder)
     return made
 
 
@@ -108,33 +108,33 @@ def export(run: Run, to: Path, wish: Wish | None = None) -> Export:
 def _refuse_target(to: Path, force: bool) -> None:
     if to.is_dir() and not any(to.iterdir()):
         return
-    if (to / RECEIPT).is_file():
+    if (to / FACTS_FILE).is_file():
         if not force:
             raise RunError(f"{to} holds an export already; name another folder, or replace it with --force")
     elif to.exists():
         raise RunError(f"{to} is there and is no export; name a folder that is new or empty")
 
 
-def _refuse_wish(trained: Trained, wish: Wish) -> None:
+def _refuse_options(trained: Trained, options: ExportOptions) -> None:
     run = trained.run.path
-    if wish.form == ADAPTER:
+    if options.form == ADAPTER:
         if trained.adapter is None:
             raise RunError(f"{run} trained all weights and has no adapter; export it --as {MERGED}")
         if trained.is_embedded:
             raise RunError(f"the base model of {run} is alignlab's own and nowhere else; export it --as {MERGED}")
-        if wish.repository and trained.base and is_local(trained.base):
+        if options.repository and trained.base and is_local(trained.base):
             raise RunError(
                 f"the adapter's base is the folder {trained.base}, which nobody else can load; push it --as {MERGED}"
             )
-        if wish.dtype or wish.base == DEQUANTIZED:
+        if options.dtype or options.base == DEQUANTIZED:
             raise RunError(f"--dtype and --base {DEQUANTIZED} are for merged weights; leave them out --as {ADAPTER}")
-    if wish.base == DEQUANTIZED and not trained.is_4bit:
+    if options.base == DEQUANTIZED and not trained.is_4bit:
         raise RunError(f"{run} was not trained on a 4-bit base; leave --base out")
 
 
-def _refuse_wrong(found: Difference, wish: Wish) -> None:
+def _refuse_wrong(found: Difference, options: ExportOptions) -> None:
     if found.cause == difference.EXACT and not found.is_explained:
-        remedy = f"; export it --as {ADAPTER}" if wish.form == MERGED else ""
+        remedy = f"; export it --as {ADAPTER}" if options.form == MERGED else ""
         raise ModelError(
             f"the export answers otherwise than the run: up to {found.reply_most:.3g} nats a reply, where rounding "
             f"makes up {difference.EXACT_NATS:g} at most; nothing was written{remedy}"
@@ -146,9 +146,9 @@ def _refuse_wrong(found: Difference, wish: Wish) -> None:
 
 def _write_adapter(trained: Trained, folder: Path) -> None:
     """The run's adapter as it is, and the name of its base as others know it."""
-    assert trained.adapter is not None, "`_refuse_wish` has asked"
+    assert trained.adapter is not None, "`_refuse_options` has asked"
     shutil.copy(trained.adapter / "adapter_model.safetensors", folder)
-    config = json.loads((trained.adapter / models.ADAPTER_FILE).read_text())
+    config = json.loads((trained.adapter / models.ADAPTER_FILE).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": trained.base, "revision": trained.revision}
     write_json(folder / models.ADAPTER_FILE, config)
 
@@ -167,7 +167,7 @@ def _also_for_transformers_4(file: Path) -> None:
 
     Without them it takes its own defaults in silence. transformers 5 reads either.
     """
-    config = json.loads(file.read_text())
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["torch_dtype"] = config.get("dtype")
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
@@ -181,7 +181,9 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None, f
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in OF_LOADING}
+    config = {
+        key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if key not in OF_LOADING
+    }
     if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 5 has for it, and 4 has not
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(file, config)
@@ -194,27 +196,27 @@ def _scores(load: Callable[[], PreTrainedModel], rows: Rows, tokenizer: PreTrain
     return scores
 
 
-def _cause(trained: Trained, wish: Wish, dtype: str) -> str:
+def _cause(trained: Trained, options: ExportOptions, dtype: str) -> str:
     """What the log-probabilities of this export may differ by."""
-    if trained.is_4bit and wish.base == FULL:
+    if trained.is_4bit and options.base == FULL:
         return difference.BASE
     computed = "float32" if trained.adapter is None else trained.section.dtype
-    same_numbers = wish.form == ADAPTER or dtype == computed == "float32"
+    same_numbers = options.form == ADAPTER or dtype == computed == "float32"
     return difference.EXACT if same_numbers else difference.ROUNDING
 
 
 # What is said of it -----------------------------------------------------------
 
 
-def _notes(found: Difference, trained: Trained, wish: Wish, dtype: str) -> list[str]:
+def _notes(found: Difference, trained: Trained, options: ExportOptions, dtype: str) -> list[str]:
     notes = []
-    if found.cause == difference.BASE and wish.form == MERGED:
+    if found.cause == difference.BASE and options.form == MERGED:
         notes.append(
             f"The adapter was trained on a 4-bit base and is merged into the full-precision one, which moves the "
             f"log-probabilities by {found.reply.mean:.2g} nats a reply; `--base {DEQUANTIZED}` merges it into the base "
             f"as training saw it."
         )
-    if found.cause == difference.BASE and wish.form == ADAPTER:
+    if found.cause == difference.BASE and options.form == ADAPTER:
         notes.append(
             f"The adapter was trained on a 4-bit base (nf4, double quantization); on the full-precision one, as "
             f"measured here, its log-probabilities are {found.reply.mean:.2g} nats a reply off. Load the base in 4-bit "
@@ -225,7 +227,7 @@ def _notes(found: Difference, trained: Trained, wish: Wish, dtype: str) -> list[
             f"Log-probabilities differ by {found.token.mean:.2g} nats a token from the run's, more than the "
             f"{difference.ROUNDING_NATS:g} that {dtype} explains: compare its replies before you rely on it."
         )
-    if wish.form == ADAPTER and trained.base and is_local(trained.base):
+    if options.form == ADAPTER and trained.base and is_local(trained.base):
         notes.append(
             f"{models.ADAPTER_FILE} names the base as a folder, {trained.base}; write its hub id or its place "
             f"there where the adapter goes."
@@ -242,11 +244,13 @@ def _template_notes(form: Format, template: str | None) -> list[str]:
     return notes
 
 
-def _describe(trained: Trained, recipe: Recipe, form: Format, export: Export, wish: Wish, folder: Path) -> None:
-    """Writes the card and the receipt, neither of which names a place on this machine."""
+def _describe(
+    trained: Trained, recipe: Recipe, form: Format, export: Export, options: ExportOptions, folder: Path
+) -> None:
+    """Writes the card and the facts, neither of which names a place on this machine."""
     run, found = trained.run, asdict(export.difference)
-    card = Made(
-        place=wish.repository or export.path.resolve().name,
+    card = CardFacts(
+        place=options.repository or export.path.resolve().name,
         form=export.form,
         dtype=export.dtype,
         base=trained.base,
@@ -259,7 +263,7 @@ def _describe(trained: Trained, recipe: Recipe, form: Format, export: Export, wi
         has_template=form.tokenizer.chat_template is not None,
     )
     (folder / "README.md").write_text(write_card(run, recipe, card), encoding="utf-8")
-    receipt = {
+    facts = {
         "run": str(run.path),
         "run_weights": card.weights,
         "form": export.form,
@@ -270,8 +274,10 @@ def _describe(trained: Trained, recipe: Recipe, form: Format, export: Export, wi
         "versions": package_versions(),
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    text = json.dumps(receipt, indent=2, ensure_ascii=False) + "\n"
-    (folder / RECEIPT).write_text(publishable(text, sorted(paths_in([run.manifest, str(run.path)]))), encoding="utf-8")
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    (folder / FACTS_FILE).write_text(
+        publishable(text, sorted(paths_in([run.manifest, str(run.path)]))), encoding="utf-8"
+    )
 
 
 def _base_is(trained: Trained, export: Export) -> str:

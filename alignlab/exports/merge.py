@@ -49,7 +49,7 @@ def find_trained(run: Run, recipe: Recipe, base: str | None = None) -> Trained:
     """
     if not (run.model / models.ADAPTER_FILE).is_file():
         return Trained(run, recipe.model)
-    trained_on = json.loads((run.model / models.ADAPTER_FILE).read_text())["base_model_name_or_path"]
+    trained_on = json.loads((run.model / models.ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
     manifest = run.manifest
     recorded = _recorded(manifest, trained_on)
     is_embedded = recipe.model.name == "toy" and recorded is not None and recorded is manifest.base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,10 @@ from alignlab.text.estimate import Estimate, mean_estimate
 
 @dataclass(frozen=True)
 class PairLogps:
-    """What one model makes of N pairs: log-probabilities of their replies in nats, and the chosen replies' tokens."""
+    """What one model makes of N pairs: log-probabilities of their replies in nats, and the chosen replies' tokens.
+
+    Of single replies with a label the good ones stand for chosen ones, the bad ones for rejected ones.
+    """
 
     chosen_N: Tensor
     rejected_N: Tensor
@@ -25,12 +29,15 @@ class PairLogps:
 
 
 def score_pairs(model: PreTrainedModel, pairs: Dataset, pad: int) -> PairLogps:
-    prompts, chosen, rejected = (pairs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    prompts, chosen, rejected = list(prompts), list(chosen), list(rejected)
+    good, bad, worse = pairs, pairs, "rejected_ids"
+    if "label" in pairs.column_names:
+        is_good = tensor(list(pairs["label"]))
+        good, bad = (pairs.select(rows.nonzero()[:, 0].tolist()) for rows in (is_good, ~is_good))
+        worse = "chosen_ids"  # the column of every reply
     return PairLogps(
-        reply_logps(model, prompts, chosen, pad),
-        reply_logps(model, prompts, rejected, pad),
-        tensor([len(ids) for ids in chosen]),
+        reply_logps(model, list(good["prompt_ids"]), list(good["chosen_ids"]), pad),
+        reply_logps(model, list(bad["prompt_ids"]), list(bad[worse]), pad),
+        tensor([len(ids) for ids in good["chosen_ids"]]),
     )
 
 
@@ -45,6 +52,16 @@ def preference(policy: PairLogps, reference: PairLogps, beta: float) -> dict[str
         "rewards/rejected": mean_estimate(rejected),
         "loss": mean_estimate(dpo_loss(chosen, rejected)),
     }
+
+
+def preference_by_label(policy: PairLogps, reference: PairLogps, beta: float) -> dict[str, Estimate]:
+    """The mean reward of good replies and of bad ones, and how far they are apart; there are no pairs to rank."""
+    good = mean_estimate(rewards(policy.chosen_N, reference.chosen_N, beta))
+    bad = mean_estimate(rewards(policy.rejected_N, reference.rejected_N, beta))
+    errors = [each.stderr for each in (good, bad) if each.stderr is not None]
+    error = math.hypot(*errors) if len(errors) == 2 else None
+    margin = Estimate(good.mean - bad.mean, error, len(policy.chosen_N) + len(policy.rejected_N))
+    return {"rewards/margins": margin, "rewards/chosen": good, "rewards/rejected": bad}
 
 
 def reply_perplexity(scores: PairLogps) -> float:

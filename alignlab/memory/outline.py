@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +119,21 @@ def quantize(model: PreTrainedModel, section: ModelSection) -> None:
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.data = module.bias.data.to(dtype)
     model.is_loaded_in_4bit = True
+
+
+@contextlib.contextmanager
+def own_tables() -> Iterator[None]:
+    """Takes away what bitsandbytes keeps of tensors without content: weights quantized with it later would be zeros."""
+    from bitsandbytes import functional
+    from bitsandbytes.backends.default import ops
+
+    before = dict(functional.name2qmap)
+    try:
+        yield
+    finally:
+        functional.name2qmap.clear()
+        functional.name2qmap.update(before)
+        ops._get_4bit_quantize_bounds.cache_clear()
 
 
 def fill(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from alignlab.errors import ModelError
 from alignlab.memory.plan import FLOAT32, GIB, OPTIMIZERS, STEP, Plan, plan
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe, load_recipe
-from alignlab.recipe.rules import STAGES
 
 GPUS = (16.0, 24.0)  # GiB
 LEAST_PROMPT = 128  # tokens; a shorter prompt loses what was asked
@@ -79,7 +78,7 @@ def larger_batch(found: Plan, gpu: float) -> list[str]:
     batch, steps = len(found.job.rows), found.job.given["gradient_accumulation_steps"]
     if steps % 2:
         return []
-    twice = plan(found.job.recipe, found.job.stage, batch=2 * batch)
+    twice = plan(found.job.recipe, found.job.stage, cuda=found.job.cuda, batch=2 * batch)
     times = 1
     while steps % (2 * times) == 0 and found.needed + (2 * times - 1) * (twice.needed - found.needed) <= gpu * GIB:
         times *= 2
@@ -95,7 +94,7 @@ def change(found: Plan, gpu: float) -> list[str] | None:
             return None
         overrides |= remedy
         kept = [each for each in recipe.overrides if each.partition("=")[0] not in overrides]
-        found = plan(load_recipe(recipe.path, [*kept, *_written(overrides)]), found.job.stage)
+        found = plan(load_recipe(recipe.path, [*kept, *_written(overrides)]), found.job.stage, cuda=found.job.cuda)
     return _written(overrides)
 
 
@@ -148,7 +147,7 @@ def _headline(found: Plan) -> str:
     if model.lora is not None:
         rank = model.lora.get("r", library_settings()["lora"]["r"].default)
         kind = f"LoRA (r {rank}){', 4-bit' if model.load_in_4bit else ''}"
-    rows = f"{len(job.rows)} {'replies' if job.stage == 'sft' else 'pairs'} × {job.longest.length} tokens"
+    rows = f"{len(job.rows)} {'replies' if job.stage in ('sft', 'kto') else 'pairs'} × {job.longest.length} tokens"
     steps = "with" if job.given["gradient_checkpointing"] else "without"
     return f"{job.stage} of {model.name}: {kind}, {model.dtype}, {rows}, {steps} gradient checkpointing"
 
@@ -175,4 +174,4 @@ def _indented(parts: Mapping[str, float]) -> list[tuple[str, float]]:
 
 def stages_of(recipe: Recipe, stage: str | None) -> tuple[str, ...]:
     """The stages that are planned: the one asked for, or both, SFT only where the recipe has one of its own."""
-    return (stage,) if stage else STAGES[1:] if recipe.model.start else STAGES
+    return (stage,) if stage else ("dpo",) if recipe.model.start else ("sft", "dpo")

@@ -22,7 +22,7 @@ from alignlab.disk import cache_folder, digest, write_json
 from alignlab.errors import AlignlabError, ModelError
 from alignlab.memory.outline import config_of, outline, samples
 from alignlab.memory.steps import Job, Row, measure
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe
 
@@ -107,7 +107,7 @@ def plan(
     be made of its config, or where the states of the optimizer are not known.
     """
     defaults = {name: of.default for name, of in library_settings()[stage].items()}
-    given = {**defaults, **trl_arguments(recipe, stage, Circumstances(Path(), on_cpu=not cuda))}
+    given = {**defaults, **trl_arguments(recipe, stage, TrainingContext(Path(), on_cpu=not cuda))}
     if given["optim"] not in OPTIMIZERS:
         raise ModelError(f"no memory plan: the states of {stage}.optim={given['optim']} are not known")
     rows = rows or _longest_rows(recipe, batch or given["per_device_train_batch_size"], length)

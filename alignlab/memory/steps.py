@@ -18,10 +18,11 @@ from alignlab.errors import ModelError
 from alignlab.measure.formulas import kl_per_reply
 from alignlab.measure.generate import reply_logits, reply_logps
 from alignlab.memory.fakes import Fakes, as_on_cuda, held_tensors
-from alignlab.memory.outline import fill, keep_layers, outline, quantize
+from alignlab.memory.outline import fill, keep_layers, outline, own_tables, quantize
 from alignlab.models import load as models
 from alignlab.models.packing import bare_model, decide, share_prefixes
 from alignlab.recipe.load import Recipe
+from alignlab.recipe.objectives import STAGES
 
 AT_ONCE = 8  # replies are scored, where test pairs are (alignlab.generate.reply_logps)
 
@@ -38,6 +39,13 @@ class Row(NamedTuple):
         return self.prompt + max(self.chosen, self.rejected)
 
 
+# Settings of TRL that take no memory, so that the members of a sweep share a plan
+WITHOUT_SIZE = (
+    *("output_dir", "disable_tqdm", "report_to", "beta", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("logging_steps", "eval_steps", "save_steps", "eval_on_start"),
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """A stage of a recipe, on what device, and the rows of a micro-batch."""
@@ -51,7 +59,7 @@ class Job:
     @property
     def facts(self) -> list[Any]:
         """All that decides what is measured."""
-        given = {**self.given, "output_dir": None, "disable_tqdm": None, "report_to": None}
+        given = {name: value for name, value in self.given.items() if name not in WITHOUT_SIZE}
         model = {**asdict(self.recipe.model), "name": None}
         return [self.stage, self.cuda, given, self.rows, model, asdict(self.recipe.monitor.kl)]
 
@@ -68,21 +76,23 @@ class Job:
     def has_reference_copy(self) -> bool:
         """Whether the reference is a frozen copy of the adapter."""
         model = self.recipe.model
-        return self.stage == "dpo" and model.lora is not None and model.reference == "sft"
+        return STAGES[self.stage].from_sft and model.lora is not None and model.reference == "sft"
 
     @property
     def scores_online(self) -> bool:
         """Whether the reference may score pairs while the policy trains on them.
 
-        A run over all of its pairs has its log-probabilities stored before (`alignlab.reference.worth_storing`).
+        A DPO run over all of its pairs has its log-probabilities stored before (`alignlab.reference.worth_storing`).
         """
-        return self.stage == "dpo" and (self.given["max_steps"] > 0 or self.given["num_train_epochs"] < 1)
+        is_short = self.given["max_steps"] > 0 or self.given["num_train_epochs"] < 1
+        return self.stage == "kto" or (self.stage == "dpo" and is_short)
 
 
 def measure(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Counter[str]:
     """Bytes with these layers only: of each part, and `at MOMENT` beside the parts; and the `trained` numbers."""
     policy, second = _policy(job, config, layers), _second_model(job, config, layers)
-    with as_on_cuda() if job.cuda else contextlib.nullcontext(), Fakes() as meter:
+    tables = own_tables() if job.recipe.model.load_in_4bit else contextlib.nullcontext()
+    with tables, as_on_cuda() if job.cuda else contextlib.nullcontext(), Fakes() as meter:
         for model in filter(None, (policy, second)):
             fill(model)
         found = _parts_of(policy, job)
@@ -125,7 +135,7 @@ def _checkpoint(model: PreTrainedModel, stage: str) -> None:
 
 
 def _second_model(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> nn.Module | None:
-    """DPO's reference, where no adapter makes it needless."""
+    """The reference, or what ORPO is measured from, where no adapter makes it needless."""
     if job.stage == "sft" or job.recipe.model.lora is not None:
         return None
     model = outline(config, job.recipe.model).eval().requires_grad_(False)
@@ -160,7 +170,7 @@ class _Steps:
         section, bare = job.recipe.model, bare_model(policy)
         for model in filter(None, (policy, second) if job.given.get("disable_dropout") else ()):
             disable_dropout_in_model(model)
-        self.router = _asks_router(bare, job.given["router_aux_loss_coef"])
+        self.router = _asks_router(bare, job.given.get("router_aux_loss_coef"))
         shares, _ = decide(section.prefix_sharing, policy, "cuda" if job.cuda else "cpu", bool(self.router))
         self.shares = shares and job.stage == "dpo"
         for model in filter(None, (bare, second) if self.shares else ()):
@@ -197,7 +207,7 @@ class _Steps:
         rows = min(kl.batch_size, kl.prompts)
         self._generate(rows, prompt)
         self._generate(rows, prompt + kl.max_new_tokens - 2)
-        if self.job.stage == "dpo":
+        if self.job.stage != "sft":
             self.meter.enter("KL")
             texts = self._texts(rows, kl.max_new_tokens)
             ours, _, mask = reply_logits(self.policy, *texts, pad=0)
@@ -237,7 +247,8 @@ class _Steps:
     def _loss(self, batch: dict[str, Any]) -> Tensor:
         self.meter.enter("forward")
         output = self.policy(**batch, **self.router)
-        loss = output.log_probs.sum() + (output.aux_loss if self.router else 0)
+        logps = output.log_probs if batch["fused_lm_head"] else _logps(output.logits, batch["labels"])
+        loss = logps.sum() + (output.aux_loss if self.router else 0)
         if self.job.scores_online:
             self.meter.enter("reference forward")
             with torch.no_grad(), self._reference() as reference:
@@ -264,7 +275,7 @@ def _asks_router(model: PreTrainedModel, weight: float | None) -> dict[str, bool
 def _batch(rows: Sequence[Row], stage: str) -> dict[str, Any]:
     """A batch as TRL's collators pad it, of rows whose replies differ from their first token on."""
     texts = [(row.prompt, row.chosen, 1) for row in rows]
-    if stage == "dpo":
+    if stage in ("dpo", "orpo"):
         texts += [(row.prompt, row.rejected, 2) for row in rows]
     width = max(prompt + reply for prompt, reply, _ in texts)
     ids, mask = torch.zeros(2, len(texts), width, dtype=torch.long)
@@ -272,4 +283,12 @@ def _batch(rows: Sequence[Row], stage: str) -> dict[str, Any]:
     for number, (prompt, reply, token) in enumerate(texts):
         mask[number, : prompt + reply] = 1
         ids[number, prompt : prompt + reply] = labels[number, prompt : prompt + reply] = token
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "fused_lm_head": True}
+    fused = stage != "orpo"
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, "fused_lm_head": fused}
+
+
+def _logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each token's log-probability from whole logits, and the chosen half's once more, as ORPO's loss has them."""
+    every, own = logits[:, :-1].log_softmax(-1), labels[:, 1:].clamp(min=0)[..., None]
+    chosen = logits[: len(logits) // 2, :-1].contiguous().log_softmax(-1)
+    return torch.cat([every.gather(-1, own), chosen.gather(-1, own[: len(chosen)])])

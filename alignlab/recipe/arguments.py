@@ -16,7 +16,7 @@ EVALUATIONS = 10  # to a run, where the recipe does not say how often
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class TrainingContext:
     """What the arguments depend on besides the recipe."""
 
     folder: Path  # for checkpoints
@@ -26,11 +26,11 @@ class Circumstances:
     resuming: bool = False
 
 
-def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, Any]:
-    """Keyword arguments of SFTConfig or DPOConfig; the second part is `rules.OWNED`, which a recipe cannot set."""
+def trl_arguments(recipe: Recipe, stage: str, here: TrainingContext) -> dict[str, Any]:
+    """Keyword arguments of the stage's config of TRL; the second part is `rules.OWNED`, which a recipe cannot set."""
     section = getattr(recipe, stage)
     eval_steps = section.get("eval_steps") or _eval_steps(recipe, stage, here)
-    skip_preparation = {"dataset_kwargs": {"skip_prepare_dataset": True}} if stage == "sft" else {}
+    prepared = {"sft": {"dataset_kwargs": {"skip_prepare_dataset": True}}, "orpo": {"remove_unused_columns": False}}
     return {
         "max_length": recipe.data.max_prompt_tokens + recipe.data.max_reply_tokens,
         "gradient_checkpointing": not here.on_cpu,
@@ -53,7 +53,7 @@ def trl_arguments(recipe: Recipe, stage: str, here: Circumstances) -> dict[str, 
         "greater_is_better": False,
         "restore_callback_states_from_checkpoint": True,
         "dataloader_pin_memory": not here.on_cpu,
-        **skip_preparation,
+        **prepared.get(stage, {}),
     }
 
 
@@ -63,7 +63,7 @@ def wandb_is_off() -> bool:
     return disabled or os.environ.get("WANDB_MODE") == "disabled"
 
 
-def _eval_steps(recipe: Recipe, stage: str, here: Circumstances) -> int | None:
+def _eval_steps(recipe: Recipe, stage: str, here: TrainingContext) -> int | None:
     """A tenth of the run, rounded to whole logging windows: a checkpoint is saved at each evaluation."""
     defaults = library_settings()[stage]
     own = {name: getattr(recipe, stage).get(name, defaults[name].default) for name in _COUNTED}
@@ -82,7 +82,7 @@ _COUNTED = (
 )
 
 
-def _steps(own: Mapping[str, Any], here: Circumstances) -> float | None:
+def _steps(own: Mapping[str, Any], here: TrainingContext) -> float | None:
     if own["max_steps"] > 0:
         return own["max_steps"]
     if here.rows is None:

@@ -1,4 +1,4 @@
-"""What may stand under `sft:`, `dpo:` and `model.lora:`, read from the installed TRL, transformers and PEFT.
+"""What may stand under the stages' sections and `model.lora:`, read from the installed TRL, transformers and PEFT.
 
 Importing those classes takes seconds, so their field names, types and defaults are kept as JSON in
 `$ALIGNLAB_CACHE` (default ~/.cache/alignlab), in a file named after the versions it was read from.
@@ -20,6 +20,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from alignlab.disk import cache_folder, read_record, write_record
+from alignlab.errors import MachineError
+from alignlab.recipe.objectives import STAGES, config_class
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,10 @@ class Setting:
         return "; write it in quotes" if "str" in self.types and not isinstance(value, (list, dict)) else ""
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str], likeness: float = 0.5) -> str:
     """`; did you mean 'beta'?` for `bta`, or nothing where no known word is near."""
     begun = [name for name in known if len(word) > 2 and name.startswith(word)]
-    near = begun or get_close_matches(word, list(known), 1, cutoff=0.5)
+    near = begun or get_close_matches(word, list(known), 1, cutoff=likeness)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -135,7 +137,7 @@ def _plain(default: Any) -> Any:
 
 @cache
 def library_settings() -> Mapping[str, Mapping[str, Setting]]:
-    """The keyword arguments of `sft` (trl.SFTConfig), `dpo` (trl.DPOConfig) and `lora` (peft.LoraConfig)."""
+    """The keyword arguments of each stage's config of TRL, by stage, and `lora` (peft.LoraConfig)."""
     path = cache_folder() / f"fields-{_versions()}.json"
     try:
         return _decode(read_record(path))
@@ -162,15 +164,22 @@ def _decode(cached: dict) -> dict[str, dict[str, Setting]]:
         library: {
             key: Setting(tuple(s["types"]), tuple(s["choices"]), s["default"], s["required"]) for key, s in of.items()
         }
-        for library, of in ((name, cached[name]) for name in ("sft", "dpo", "lora"))
+        for library, of in ((name, cached[name]) for name in (*STAGES, "lora"))
     }
 
 
 def _describe_libraries() -> dict[str, dict[str, Setting]]:
     from peft import LoraConfig
-    from trl import DPOConfig, SFTConfig
 
-    return {"sft": _describe(SFTConfig), "dpo": _describe(DPOConfig), "lora": _describe(LoraConfig)}
+    return {stage: _describe(_config_or_like(stage)) for stage in STAGES} | {"lora": _describe(LoraConfig)}
+
+
+def _config_or_like(stage: str) -> Any:
+    """Where TRL has a config no longer, DPO's stands in, so that recipes with its section can still be read."""
+    try:
+        return config_class(stage)
+    except MachineError:
+        return config_class("dpo")
 
 
 def _describe(config: Any) -> dict[str, Setting]:

@@ -16,7 +16,8 @@ import yaml
 
 from alignlab.errors import RecipeError
 from alignlab.recipe.fields import Setting, library_settings, setting, suggest
-from alignlab.recipe.rules import INSTEAD, LIMITS, OWNED, STAGES, TOGETHER
+from alignlab.recipe.objectives import OBJECTIVES, STAGES
+from alignlab.recipe.rules import INSTEAD, LIMITS, OWNED, TOGETHER
 from alignlab.recipe.written import SHIPPED, Key, Written, find_recipe, merge, read_overrides, read_recipe, shown
 
 
@@ -155,6 +156,8 @@ class Recipe:
     evaluate: EvaluateSection
     rounds: RoundsSection
     sources: Mapping[str, str]  # "dpo.beta" -> "recipes/mistral.yaml:9" or "command line: 'dpo.beta=0.3'"
+    kto: Mapping[str, Any] = field(default_factory=dict)  # of trl.KTOConfig
+    orpo: Mapping[str, Any] = field(default_factory=dict)  # of trl.experimental.orpo.ORPOConfig
     overrides: tuple[str, ...] = ()  # those of the command line that change a value, as key=JSON, sorted
 
 
@@ -171,6 +174,8 @@ _TEMPLATE = ("model", "chat_template")
 _PATHS = (("data", "path"), ("data", "sft", "path"))
 _ABSENT = object()
 LONGEST_NAME = 100  # characters of a run's
+LONGEST_OWN = 40  # of a run's on data of the command line
+_OWN_DATA = "data.path"
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -196,8 +201,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         sweep=_build(SweepSection, ("sweep",), values),
         evaluate=_build(EvaluateSection, ("evaluate",), values),
         rounds=_build(RoundsSection, ("rounds",), values),
-        sft=_under(("sft",), values),
-        dpo=_under(("dpo",), values),
+        **{stage: _under((stage,), values) for stage in STAGES},
         sources={".".join(key): where for key, where in sources.items()},
         overrides=tuple(
             f"{'.'.join(key)}={json.dumps(value, ensure_ascii=False)}"
@@ -235,8 +239,9 @@ def _settings() -> Mapping[Key, Setting]:
     """Every key that a recipe may hold."""
     known: dict[Key, Setting] = {("about",): Setting(("str",), default="")}
     known |= {key: of for name, section in SECTIONS.items() for key, of in _settings_of(section, (name,))}
-    for prefix, library in ((("sft",), "sft"), (("dpo",), "dpo"), (_LORA, "lora")):
-        known.update({(*prefix, name): of for name, of in library_settings()[library].items()})
+    for library, settings in library_settings().items():
+        prefix = (library,) if library in STAGES else _LORA
+        known.update({(*prefix, name): of for name, of in settings.items()})
     for stage in STAGES:  # unset, it is the sum of data's two limits, not TRL's 1024
         known[stage, "max_length"] = replace(known[stage, "max_length"], default=None)
     return known
@@ -312,22 +317,34 @@ def _refusal(key: Key) -> tuple[str, str] | None:
         return "is set by alignlab", f"; {why}"
     if key in _settings():
         return None
-    elsewhere = [".".join(other) for other in _settings() if other[-1] == bare and _refusal(other) is None]
+    elsewhere = [other for other in _settings() if other[-1] == bare and _refusal(other) is None]
+    elsewhere = [other for other in elsewhere if other[0] not in ("kto", "orpo")] or elsewhere
     if "." in bare:
         remedy = "; keys are nested: write dpo: {beta: 0.3}, not dpo.beta: 0.3"
     elif bare in INSTEAD:
         remedy = f"; {INSTEAD[bare]}"
     elif elsewhere:
-        remedy = f"; write {' or '.join(elsewhere)}"
+        remedy = f"; write {' or '.join(map('.'.join, elsewhere))}"
     else:
         depth = len(key) - 1
         remedy = suggest(bare, dict.fromkeys(other[depth] for other in _settings() if other[:depth] == key[:-1]))
     return "is not a setting", remedy
 
 
+def remedy_for(word: str) -> str:
+    """What to write instead of an option of this name that no command has; nothing where no setting is near."""
+    refusal = _refusal((word,))
+    return refusal[1] if refusal else ""
+
+
 def _read(key: Key, item: Written) -> Any:
     if key == _LORA:
         return item.value
+    asked = item.value if isinstance(item.value, list) else [item.value]
+    if key == ("dpo", "loss_type") and (
+        other := next((name for name in asked if str(name).lower() in OBJECTIVES), None)
+    ):
+        raise ValueError(OBJECTIVES[str(other).lower()])
     value = _settings()[key].read(item.value)
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
     if limit and value is not None and not limit[0](value):
@@ -376,13 +393,16 @@ def _default(key: Key, has_lora: bool) -> Any:
 def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's result depends on: data, model and the stage's own section, without its logging.
 
-    SFT leaves out the keys of `model` that only DPO reads, DPO those of `data` that only SFT reads.
+    What starts from the base model leaves out the keys of `model` that say what else to start from; all but SFT leave
+    out those of `data` that only SFT reads.
     """
     data, model = asdict(recipe.data), asdict(recipe.model)
-    if stage == "dpo":
+    if stage != "sft":
         del data["sft"]
-    if stage == "sft":
-        del model["start"], model["reference"], model["reference_folder"], model["prefix_sharing"]
+    if not STAGES[stage].from_sft:
+        del model["start"], model["reference"], model["reference_folder"]
+    if stage != "dpo":
+        del model["prefix_sharing"]
     logging = ("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node")
     own = {k: v for k, v in getattr(recipe, stage).items() if not k.startswith("logging_") and k not in logging}
     return {"data": data, "model": model, stage: own}
@@ -391,18 +411,29 @@ def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
 def run_name(recipe: Recipe, stage: str) -> str:
     """The stage and the overrides that it consumes: `dpo`, `dpo-beta0.3`, `sft-max_pairs100`.
 
-    An override that repeats the recipe's own value changes nothing and names nothing. Where the readable name
+    Data of the command line is named by its file's stem: two of one stem are one name, whose second run is refused. An
+    override that repeats the recipe's own value changes nothing and names nothing. Where the readable name
     could stand for other overrides as well (a path, a long list), a digest of them follows it.
     """
     inputs = consumed(recipe, stage)
     chosen = {key: _at(inputs, key) for key in (o.partition("=")[0] for o in recipe.overrides)}
     chosen = {key: value for key, value in chosen.items() if value is not _ABSENT}
+    path = chosen.pop(_OWN_DATA, None)
     parts = [_part(_short(key, stage), value, _takes_text(key)) for key, value in chosen.items()]
-    name = "-".join([stage, *(text for text, _ in parts)])
-    if all(exact for _, exact in parts) and len(name) <= LONGEST_NAME:
+    stem = [(_stem(path), True)] if path else []
+    name = "-".join([stage, *(text for text, _ in [*stem, *parts])])
+    longest = LONGEST_OWN if path else LONGEST_NAME
+    if all(exact for _, exact in parts) and len(name) <= longest:
         return name
-    digest = sha256(json.dumps(chosen).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST_NAME - 9]}-{digest}"
+    digest = sha256(json.dumps([path, chosen] if path else chosen).encode()).hexdigest()[:8]
+    return f"{name[: longest - 9]}-{digest}"
+
+
+def _stem(path: str | list[str]) -> str:
+    """`good_pairs` of `data/good pairs.jsonl.gz`; of several paths that of the first, and how many more."""
+    first, *more = [path] if isinstance(path, str) else path
+    stem = re.sub(r"\.[a-z]+(\.gz)?$", "", Path(first).name.lower())
+    return re.sub("[^A-Za-z0-9_.]+", "_", stem).strip("_.") + f"_{len(more)}_more" * bool(more) or "data"
 
 
 def _at(inputs: Mapping[str, Any], key: str) -> Any:
@@ -460,6 +491,10 @@ def write_yaml(recipe: Recipe) -> str:
 def sections_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings as plain dicts, in the order in which a recipe is written."""
     plain = asdict(recipe)
-    return {
-        name: plain[name] for name in ("about", "data", "model", "sft", "dpo", "monitor", "sweep", "evaluate", "rounds")
-    }
+    names = ("about", "data", "model", *stages_of(recipe), "monitor", "sweep", "evaluate", "rounds")
+    return {name: plain[name] for name in names}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe has settings for; SFT and DPO always."""
+    return [stage for stage in STAGES if stage in ("sft", "dpo") or getattr(recipe, stage)]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-STAGES = ("sft", "dpo")
+from alignlab.recipe.objectives import STAGES
 
 _HUB = "nothing is uploaded; push the run's model/ yourself"
 _LAUNCHER = "describe the machines in `accelerate launch --config_file`"
@@ -16,12 +16,12 @@ _TIED = "saving is tied to evaluation; write eval_steps"
 _BEST = "the best checkpoint of a run is always kept"
 _RESUME = "the same command resumes a run exactly as it would have gone on"
 _METRICS = "there is no compute_metrics to use it; measures of a run come from its run directory"
-_TRACKER = "metrics.jsonl and wandb are written; WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY are obeyed"
+_TRACKER = "leave it out: metrics.jsonl and wandb are written; WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY are obeyed"
 _TOKENIZER = "the tokenizer's own token is used"
 _FIXED_REFERENCE = "the reference stays fixed; model.reference says which it is"
 _ADAPTER = "PEFT's own bookkeeping"
 
-# Keys of sft and dpo that alignlab sets itself → what to write instead, or why. A dotted key holds only there.
+# Keys of stages that alignlab sets itself → what to write instead, or why. A dotted key holds only there.
 OWNED: dict[str, str] = {
     "output_dir": "a run stands in runs/; name it with --run",
     "run_name": "a run is named after its recipe; name it with --run",
@@ -56,7 +56,11 @@ OWNED: dict[str, str] = {
     **dict.fromkeys(("eos_token", "pad_token"), _TOKENIZER),
     **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), "alignlab runs the reference itself"),
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _FIXED_REFERENCE),
-    "dpo.neftune_noise_alpha": "the noise would reach the reference too",
+    **dict.fromkeys(("dpo.neftune_noise_alpha", "kto.neftune_noise_alpha"), "the noise would reach the reference too"),
+    "kto.train_sampling_strategy": "rows are shuffled once, by kto.seed; TRL's KL estimate needs their neighbours",
+    **dict.fromkeys(("orpo.max_completion_length", "orpo.is_encoder_decoder"), _PREPARED),
+    "orpo.padding_value": _TOKENIZER,
+    "orpo.generate_during_eval": "samples.jsonl holds replies at each evaluation",
     "model.lora.task_type": "always CAUSAL_LM",
     "model.lora.base_model_name_or_path": "write model.name",
     "model.lora.revision": "write model.revision",
@@ -114,7 +118,7 @@ _SHARE = (lambda v: 0 <= v < 1, "a share: at least 0 and below 1")
 # Of PEFT 0.21: other layers under the adapter, or weights moved out of the base into it.
 _REBUILDING = ("layer_replication", "use_bdlora", "arrow_config", "kasa_config")
 
-# Limits beyond the type, each saving a run that could only fail or mislead; the bare ones hold in sft and in dpo.
+# Limits beyond the type, each saving a run that could only fail or mislead; the bare ones hold in every stage.
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("data.max_prompt_tokens", "data.max_reply_tokens", "data.max_pairs", "data.toy.pairs"), _COUNT),
     "data.max_pairs_per_prompt": _COUNT,
@@ -148,6 +152,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("gradient_accumulation_steps", "pad_to_multiple_of"), _COUNT),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _SHARE),
+    "kto.per_device_train_batch_size": (lambda v: v >= 2, "2 or more: KTO's KL estimate needs another row's reply"),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), _NOT_NEGATIVE),
     "ld_alpha": (lambda v: 0 <= v <= 1, "a value from 0 to 1"),
     "label_smoothing": (lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),  # a share of flipped labels
     "max_steps": (lambda v: v == -1 or v >= 1, "1 or more, or -1 for num_train_epochs"),

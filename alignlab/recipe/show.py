@@ -12,7 +12,8 @@ import yaml
 
 from alignlab.errors import RecipeError
 from alignlab.recipe.load import Recipe, sections_of
-from alignlab.recipe.rules import OWNED, STAGES
+from alignlab.recipe.objectives import STAGES
+from alignlab.recipe.rules import OWNED
 from alignlab.recipe.written import SHIPPED, read_recipe, shown
 
 
@@ -93,7 +94,7 @@ def show_arguments(stage: str, arguments: Mapping[str, Any], recipe: Recipe) -> 
         return recipe.sources.get(f"{stage}.{key}") or (f"set by alignlab: {why}" if why else "set by alignlab")
 
     rows = ((key, _brief(_plain(value)), origin(key)) for key, value in sorted(arguments.items()))
-    return "\n".join([f"trl.{stage.upper()}Config", *_columns(rows)])
+    return "\n".join([f"{STAGES[stage].module}.{STAGES[stage].config}", *_columns(rows)])
 
 
 def _plain(value: Any) -> Any:

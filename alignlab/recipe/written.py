@@ -171,6 +171,8 @@ def find_recipe(name: str) -> Path:
     """The file of a name in ./recipes or among the shipped recipes; with a slash or .yaml it is a path."""
     if Path(name).suffix in (".yaml", ".yml") or len(Path(name).parts) > 1:
         return _first_file([Path(name).parent], Path(name).name, f"no recipe {name!r}")
+    if Path(f"{name}.yaml").is_file() and not Path("recipes", f"{name}.yaml").is_file():
+        raise RecipeError(f"no recipe {name!r} in recipes; the file in this folder is {name}.yaml, with its ending")
     return _first_file([Path("recipes"), SHIPPED], f"{name}.yaml", f"no recipe {name!r}")
 
 
@@ -191,7 +193,8 @@ def _first_file(folders: Sequence[Path], file: str, fault: str) -> Path:
             return folder / file
     names = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
     looked = " and ".join(dict.fromkeys(shown(folder) for folder in folders))
-    raise RecipeError(f"{fault} (looked in {looked}){suggest(Path(file).stem, names)}")
+    near = suggest(Path(file).stem, names, 0.6) or "; `alignlab list` has the recipes that are there"
+    raise RecipeError(f"{fault} (looked in {looked}){near}")
 
 
 def shown(path: Path) -> str:

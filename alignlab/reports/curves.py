@@ -105,15 +105,15 @@ ACCURACY = Panel(
     share=True,
     limit="max_accuracy",
 )
-CHOSEN = Panel("Reward of chosen replies", "reward", {"rewards/chosen": ""}, "below 0: less likely than before DPO")
+CHOSEN = Panel("Reward of chosen replies", "reward", {"rewards/chosen": ""}, "below 0: less likely than before")
 REJECTED = Panel("Reward of rejected replies", "reward", {"rewards/rejected": ""}, "below 0: less likely than before")
 REWARDS = Panel(
     "Chosen and rejected reward",
     "reward",
     {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-    "beta times the log-ratio to the reference; below 0: less likely than before DPO",
+    "beta times the log-ratio to the reference; below 0: less likely than before (ORPO's have no reference)",
 )
-LOSS = Panel("Loss", "loss", {"loss": ""}, "as TRL reports it, all terms of dpo.loss_type together")
+LOSS = Panel("Loss", "loss", {"loss": ""}, "as TRL reports it, all its terms together")
 SFT_LOSS = Panel("Loss", "nats per token", {"loss": ""}, "of the reply's tokens")
 KL = Panel("KL from the reference", "nats per reply", {"kl": ""}, "on replies sampled from the policy", limit="max_kl")
 LENGTH = Panel("Reply length", "tokens per reply", {"reply_tokens": ""}, "mean of the sampled replies")
@@ -124,7 +124,9 @@ OF_SEVERAL = {"dpo": (MARGIN, ACCURACY, CHOSEN, REJECTED, LOSS, KL, LENGTH, PERP
 
 
 def draw_up(runs: Sequence[RunFacts], rows: Sequence[Sequence[MetricRow]]) -> list[Chart]:
-    """The charts over steps for runs of one stage, with their points; one that would be empty is left out.
+    """The charts over steps for runs that are all SFT's or all not, with their points; an empty one is left out.
+
+    Losses of different objectives share no chart.
 
     A single run shows its training and its held-out curve; several show the held-out one, or training's where a run
     has no other.
@@ -132,7 +134,9 @@ def draw_up(runs: Sequence[RunFacts], rows: Sequence[Sequence[MetricRow]]) -> li
     several = len(runs) > 1
     most = max(FEWEST, POINTS_SHARED // len(runs)) if several else POINTS
     found = []
-    for panel in (OF_SEVERAL if several else OF_ONE)[runs[0].stage]:
+    stages = {run.stage for run in runs}
+    panels = (OF_SEVERAL if several else OF_ONE)["sft" if stages == {"sft"} else "dpo"]
+    for panel in panels if len(stages) == 1 else (each for each in panels if each is not LOSS):
         series = [s for run, its in zip(runs, rows, strict=True) for s in _series(panel, run, its, several, most)]
         if series:
             found.append(_chart(panel, runs, series))

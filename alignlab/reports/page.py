@@ -25,7 +25,7 @@ from alignlab.reports.curves import Chart, Frontier, Member, draw_up
 from alignlab.reports.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
 from alignlab.reports.rows import compare_rows, own_rows
 from alignlab.reports.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
-from alignlab.runs.evaluation import FILE, Evaluation, Kept, read_evaluation
+from alignlab.runs.evaluation import FILE, Evaluation, StoredEvaluation, read_evaluation
 from alignlab.runs.facts import RunFacts, judged_together, read_run, seconds_between, section
 from alignlab.runs.run import SWEEP, Examination, Run, Sweep, SweepMember, read_sweep
 from alignlab.runs.sweep import columns_of, label_of, settings_of, sweep_rows
@@ -35,7 +35,7 @@ from alignlab.text.tables import SHARE, Row, counts_of, number
 log = logging.getLogger(__name__)
 
 TEXT_CHARACTERS = 20_000  # of any other text than a reply: a recipe, an error, a name
-FIRST = ("dpo", "model", "data", "sft", "monitor")  # the sections whose differences come first
+FIRST = ("dpo", "kto", "orpo", "model", "data", "sft", "monitor")  # the sections whose differences come first
 SECTIONS = {
     "differences": "What differs",
     "comparison": "Figures",
@@ -61,8 +61,8 @@ class Page:
     charts: Sequence[Chart]
     frontiers: Sequence[Frontier]
     sweep: Sweep | None
-    evaluation: Kept | None
-    others: Sequence[Kept]  # evaluations that are not shown
+    evaluation: StoredEvaluation | None
+    others: Sequence[StoredEvaluation]  # evaluations that are not shown
     columns: Sequence[str]
     rows: Sequence[Row]
     replies: Replies
@@ -95,7 +95,7 @@ def report_line(path: Path) -> str:
 
 def page_of_run(path: Path) -> Page:
     run = read_run(path)
-    kept = Kept(path / FILE, run.evaluation) if run.evaluation else None
+    kept = StoredEvaluation(path / FILE, run.evaluation) if run.evaluation else None
     columns, rows = own_rows(run) if kept is None else (run.evaluation.names, _shown(run.evaluation))
     return _page("run", [run], verdict(run), f"{run.recipe} / {run.name}", columns, rows, kept, run.others)
 
@@ -121,7 +121,7 @@ def page_of_sweep(folder: Path) -> Page:
     chosen_first = sorted(there, key=lambda member: member.run != sweep.choice)
     runs = [replace(read_run(folder / member.run), label=label_of(member)) for member in chosen_first]
     found = read_evaluation(folder / FILE)
-    kept = Kept(folder / FILE, found) if found else None
+    kept = StoredEvaluation(folder / FILE, found) if found else None
     title = f"{folder.resolve().name}, sweep of {len(sweep.members)}"
     page = _page("sweep", runs, sweep_verdict(sweep, runs), title, columns_of(sweep), sweep_rows(sweep), kept, ())
     lacking = [line for member in sweep.members for line in _lacking(member, folder, there)]
@@ -136,10 +136,10 @@ def _page(
     title: str,
     columns: Sequence[str],
     rows: Sequence[Row],
-    kept: Kept | None,
-    others: Sequence[Kept],
+    kept: StoredEvaluation | None,
+    others: Sequence[StoredEvaluation],
 ) -> Page:
-    of_stage = [run for run in runs if run.stage == "dpo"] or list(runs)
+    of_stage = [run for run in runs if run.stage != "sft"] or list(runs)
     return Page(
         kind=kind,
         recipe=runs[0].recipe if runs else "",

@@ -51,7 +51,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Picked:
+class CaseGroup:
     """A few cases under a title."""
 
     title: str
@@ -64,7 +64,7 @@ class Replies:
 
     rule: str
     cases: Sequence[Case] = ()
-    picked: Sequence[Picked] = ()
+    picked: Sequence[CaseGroup] = ()
 
     @property
     def names(self) -> list[str]:
@@ -136,8 +136,8 @@ def sampled_replies(runs: Sequence[RunFacts]) -> Replies:
     )
     far = sorted(cases, key=lambda case: -case.ahead) if any(case.ahead for case in cases) else []
     half = min(SHOWN, (len(far) + 1) // 2)
-    picked = [Picked("Furthest from the reference, by KL", far[:half])] if far else []
-    picked += [Picked("Nearest to the reference", far[half:][-half:][::-1])] if len(far) > 1 else []
+    picked = [CaseGroup("Furthest from the reference, by KL", far[:half])] if far else []
+    picked += [CaseGroup("Nearest to the reference", far[half:][-half:][::-1])] if len(far) > 1 else []
     return Replies(rule, cases, [*picked, _drawn(cases)])
 
 
@@ -155,13 +155,13 @@ def _sampled_case(runs: Sequence[RunFacts], rows: Sequence[Mapping[str, Any]]) -
     return Case(first["prompt"], replies, ahead=first["kl"] if is_number(first.get("kl")) else 0.0)
 
 
-def _first(title: str, cases: Sequence[Case]) -> Picked:
-    return Picked(f"{title}, {min(SHOWN, len(cases))} of {len(cases)}", cases[:SHOWN])
+def _first(title: str, cases: Sequence[Case]) -> CaseGroup:
+    return CaseGroup(f"{title}, {min(SHOWN, len(cases))} of {len(cases)}", cases[:SHOWN])
 
 
-def _drawn(cases: Sequence[Case]) -> Picked:
+def _drawn(cases: Sequence[Case]) -> CaseGroup:
     drawn = random.Random(SEED).sample(list(cases), min(SHOWN, len(cases)))
-    return Picked(f"A random draw of {len(drawn)}, with a fixed seed", drawn)
+    return CaseGroup(f"A random draw of {len(drawn)}, with a fixed seed", drawn)
 
 
 def _reply_text(text: Any) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs.evaluation import Evaluation
-from alignlab.runs.facts import Evaluated, RunFacts
+from alignlab.runs.facts import Evaluated, RunFacts, cost_rows
 from alignlab.runs.sweep import group_by_setting, over_seeds
 from alignlab.text.estimate import Estimate
 from alignlab.text.tables import SHARE, Row
 
-REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier DPO has made it"
+REWARD = "pairs whose chosen reply has the higher implicit reward: how much likelier training has made it"
 NATS = "how far the replies have moved; 1 nat is a factor of 2.7 in probability"
 PERPLEXITY = ("perplexity", "perplexity of chosen", "", "lower", "")
 TEST = (  # figure, what it is called, unit, which side is better, what it is
@@ -27,7 +29,7 @@ VALIDATION = ("perplexity", "reply_tokens", "eos_rate")
 
 def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
     """Base, SFT and DPO side by side, from what the runs wrote of themselves: the columns and the rows."""
-    ours, before = run.stage.upper(), run.reference_name if run.stage == "dpo" else "base"
+    ours, before = run.stage.upper(), run.reference_name if STAGES[run.stage].from_sft else "base"
     rows = [_row("test split", figure, {ours: getattr(run.test, figure[0])}) for figure in TEST]
     if run.test.reference_perplexity:
         values = {before: run.test.reference_perplexity, ours: run.test.perplexity}
@@ -36,7 +38,7 @@ def own_rows(run: RunFacts) -> tuple[list[str], list[Row]]:
         called = ("win_rate", f"win rate over {run.versus}", SHARE, "higher", run.judge or "")
         rows.insert(0, _row("test split", called, {ours: run.win_rate}))
     at: dict[str, Evaluated | None] = {before: run.first, ours: run.kept or run.last}
-    if run.stage == "dpo":
+    if STAGES[run.stage].from_sft:
         at = {"base": run.before, **at}
     for figure in TEST:
         if figure[0] in VALIDATION:
@@ -69,7 +71,12 @@ def compare_rows(
     note = "each over what it started from: this does not compare the runs with each other"
     rows.append(across(("", "win rate over its own start", SHARE, "higher", note), lambda run: run.win_rate))
     rows += [across(figure, lambda run, name=figure[0]: getattr(run.test, name)) for figure in TEST]
+    rows += cost_rows({name: _mean_cost(its) for name, its in zip(names, groups, strict=True)})
     return names, [row for row in rows if row.values]
+
+
+def _mean_cost(runs: Sequence[RunFacts]) -> dict[str, float]:
+    return {name: fmean(run.cost[name] for run in runs) for name in runs[0].cost if all(name in r.cost for r in runs)}
 
 
 def _group_name(runs: Sequence[RunFacts]) -> str:

@@ -5,6 +5,7 @@ Everything here is a pure function of what `facts` has read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -72,10 +73,10 @@ def _headline(run: RunFacts) -> str:
     if run.win_rate:
         return _with_signs(_of_wins(run, run.win_rate), found)
     if set(found) - {GUARDS["length"]}:
-        return _with_signs("DPO went too far, whatever its accuracy says", found)
+        return _with_signs(f"{_stage(run)} went too far, whatever its accuracy says", found)
     if run.test.accuracy:
-        return _with_signs(_of_accuracy(run.test.accuracy), found)
-    return f"DPO is {run.status}, but nothing was measured on the test split."
+        return _with_signs(_of_accuracy(run, run.test.accuracy), found)
+    return f"{_stage(run)} is {run.status}, but nothing was measured on the test split."
 
 
 def _with_signs(said: str, found: Sequence[str]) -> str:
@@ -93,17 +94,17 @@ def _of_wins(run: RunFacts, wins: Estimate) -> str:
     counts = f": {said}" if (said := counts_of(wins)) else ""
     of = f" of {wins.n:,} comparisons" if wins.n else ""
     if side(wins) == 0:
-        return f"It cannot be told whether DPO's replies are better than {run.versus}'s{counts}{of}"
+        return f"It cannot be told whether {_stage(run)}'s replies are better than {run.versus}'s{counts}{of}"
     which = "better" if side(wins) > 0 else "worse"
-    return f"DPO's replies are {which} than {run.versus}'s{counts or f': they win {percent(wins.mean)}'}{of}"
+    return f"{_stage(run)}'s replies are {which} than {run.versus}'s{counts or f': they win {percent(wins.mean)}'}{of}"
 
 
-def _of_accuracy(accuracy: Estimate) -> str:
+def _of_accuracy(run: RunFacts, accuracy: Estimate) -> str:
     if side(accuracy) == 0:
-        return f"DPO's ranking of {_count(accuracy)}test pairs cannot be told from chance"
+        return f"{_stage(run)}'s ranking of {_count(accuracy)}test pairs cannot be told from chance"
     which = "preferred" if side(accuracy) > 0 else "rejected"
     share = accuracy.mean if side(accuracy) > 0 else 1 - accuracy.mean
-    ranked = f"DPO ranks the {which} reply higher in {percent(share)} of {_count(accuracy)}test pairs"
+    ranked = f"{_stage(run)} ranks the {which} reply higher in {percent(share)} of {_count(accuracy)}test pairs"
     return f"{ranked}; nobody judged its own replies"
 
 
@@ -111,18 +112,22 @@ def unmoved(run: RunFacts) -> str:
     """That training changed nothing, or almost nothing; empty where it did."""
     same, replies = _same_replies(run)
     if replies and same == replies:
-        return f"DPO changed nothing: all {replies} replies are the same as {run.versus}'s, letter by letter."
+        return f"{_stage(run)} changed nothing: all {replies} replies are the same as {run.versus}'s, letter by letter."
     kl = run.test.kl
     if kl and kl.mean + 2 * (kl.stderr or 0.0) < UNMOVED:
-        return f"DPO changed almost nothing: its replies are {number(kl.mean)} nats from {run.versus}'s."
+        return f"{_stage(run)} changed almost nothing: its replies are {number(kl.mean)} nats from {run.versus}'s."
     return ""
+
+
+def _stage(run: RunFacts) -> str:
+    return run.stage.upper()
 
 
 def _same_replies(run: RunFacts) -> tuple[int, int]:
     """How many replies equal the reference's letter by letter, of how many: as evaluated, else as sampled last."""
     found = run.evaluation
     for each in found.win_rates if found else ():
-        if {each.a, each.b} == {"dpo", found.against} and each.n:
+        if {each.a, each.b} == {run.stage, found.against} and each.n:
             return each.identical, each.n
     return run.same_replies
 
@@ -132,7 +137,7 @@ def signs(run: RunFacts) -> dict[str, str]:
 
     By the guards' own rules on the evaluation at the step that was kept, by the test figures, and by `alignlab eval`.
     """
-    limit = run.limits.max_kl or MonitorSection.max_kl
+    limit = math.inf if run.stage == "orpo" else run.limits.max_kl or MonitorSection.max_kl
     kl, before, after = run.test.kl, run.test.reference_perplexity, run.test.perplexity
     found = {}
     if kl and not kl.mean - 2 * (kl.stderr or 0.0) <= limit:  # nan is above it
@@ -141,7 +146,7 @@ def signs(run: RunFacts) -> dict[str, str]:
     if before and after and not after.mean <= LESS_LIKELY * before.mean:
         rise = f"{number(before.mean)} → {number(after.mean)}"
         found["perplexity"] = f"the perplexity of the chosen replies rose, {rise}"
-    if run.evaluation and (seen := run.evaluation.signs.get("dpo")):
+    if run.evaluation and (seen := run.evaluation.signs.get(run.stage)):
         found["text"] = "; ".join(seen)
     return found
 
@@ -151,7 +156,7 @@ def _alarms(run: RunFacts):
     kept = [row for row in rows if row["step"] == run.best_step]
     both = [{name.replace("eval/", "eval_"): its for name, its in row.items()} for row in (*rows[:1], *kept[-1:])]
     limits = MonitorSection(kl=KLSection(prompts=len(run.samples) or KLSection.prompts), max_kl=None, max_accuracy=None)
-    return alarms(both, limits) if len(kept) and kept[-1] is not rows[0] else []
+    return alarms(both, limits, stage=run.stage) if len(kept) and kept[-1] is not rows[0] else []
 
 
 def side(estimate: Estimate) -> int:
@@ -164,7 +169,7 @@ def side(estimate: Estimate) -> int:
 def _wins_by_length(run: RunFacts) -> bool:
     found = run.evaluation
     pairs = found.win_rates if found else ()
-    return any(only_by_length(each) for each in pairs if (each.a, each.b) == ("dpo", found.against))
+    return any(only_by_length(each) for each in pairs if (each.a, each.b) == (run.stage, found.against))
 
 
 # --- the sentences with figures ---

@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 
 from alignlab.errors import RecipeError
-from alignlab.evaluation.contests import read_judge
 from alignlab.evaluation.endpoint import EndpointJudge
-from alignlab.evaluation.judge import Contest
+from alignlab.evaluation.judge import Contest, read_judge
 from alignlab.recipe.load import Recipe
 from alignlab.rounds.pairs import Ask, Made, Sampled, Source, usable_replies
 from alignlab.runs.run import Run

@@ -26,7 +26,7 @@ from alignlab.data.transcript import ASSISTANT, dialogue_key, join_turns, split_
 from alignlab.disk import check_writable, write_lines
 from alignlab.errors import DataError, RecipeError
 from alignlab.evaluation.answers import Answers, Decoding
-from alignlab.evaluation.candidates import Bench, Candidate, line_up
+from alignlab.evaluation.candidates import Candidate, LoadedModels, choose_models
 from alignlab.evaluation.judge import Judge
 from alignlab.measure.generate import Reply
 from alignlab.models.load import weights_hash
@@ -229,10 +229,10 @@ class Source:
 
     def __init__(self, recipe: Recipe, run: Run):
         self.recipe, self.run = recipe, finished(run)
-        self.candidate: Candidate = line_up([run]).ours
+        self.candidate: Candidate = choose_models([run]).ours
         self.tokenizer, self.pairs = prepare_data(recipe)
         self.form = Format(recipe.data.format, self.tokenizer)
-        self.answers = Answers(Bench(), self.form)
+        self.answers = Answers(LoadedModels(), self.form)
 
     @property
     def facts(self) -> dict[str, str]:

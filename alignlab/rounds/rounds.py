@@ -19,7 +19,7 @@ from alignlab.data.prepare import Prepared
 from alignlab.disk import write_record
 from alignlab.errors import DataError, RecipeError, RunError
 from alignlab.evaluation import watch
-from alignlab.evaluation.candidates import Lineup, line_up
+from alignlab.evaluation.candidates import ModelSet, choose_models
 from alignlab.evaluation.evaluator import Evaluator, Options, evaluate_and_keep
 from alignlab.evaluation.judge import Judge
 from alignlab.recipe.load import Recipe, RoundsSection, SFTDataSection
@@ -229,10 +229,10 @@ def _measured(work: Work, k: int, made: Made) -> Round:
 def _evaluation(work: Work, k: int) -> Evaluation:
     """Of SFT, the round before and this one; the KL of both is from SFT."""
     runs = [work.sft, *([work.run(k - 1)] if k > 1 else []), work.run(k)]
-    found = line_up(runs).candidates
-    lineup = Lineup([found[0], *(replace(each, reference=found[0]) for each in found[1:])], found[0])
+    found = choose_models(runs).candidates
+    models = ModelSet([found[0], *(replace(each, reference=found[0]) for each in found[1:])], found[0])
     options = Options(judge=work.judge.name)
-    evaluator = Evaluator(lineup, options, work.judge.judge)
+    evaluator = Evaluator(models, options, work.judge.judge)
     evaluator.warnings.clear()  # of other training data: what is held out is the same in all rounds
     asked = {**options.asked, "KL from": found[0].name}
     evaluation = read_evaluation(evaluate_and_keep(evaluator, work.folder, asked))

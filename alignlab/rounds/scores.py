@@ -9,8 +9,8 @@ from pathlib import Path
 
 from alignlab.disk import ResultCache, digest
 from alignlab.errors import RecipeError
-from alignlab.evaluation.contests import KINDS, read_judge, seat_judge
-from alignlab.evaluation.judge import Contest, Judge, Verdict, judge_contests
+from alignlab.evaluation.contests import seat_judge
+from alignlab.evaluation.judge import KINDS, Contest, Judge, Verdict, judge_contests, read_judge
 from alignlab.models.load import weights_hash
 from alignlab.recipe.load import Recipe
 
@@ -56,7 +56,7 @@ def judge_of(recipe: Recipe, said: str | Judge | None, url: str | None = None, m
         raise RecipeError(
             f"{said}: votes are about replies that people have seen; new ones are judged by rule, reward or llm"
         )
-    of = seat_judge(judge, (), (), url, max_requests)("a", "b")
+    of = seat_judge(judge, (), (), url, max_requests=max_requests)("a", "b")
     if kind == "reward":
         return Seat(said, of, True, weights_hash(Path(name)) if Path(name).is_dir() else name)
     return Seat(said, of, kind == "rule")

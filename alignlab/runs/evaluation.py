@@ -168,7 +168,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredEvaluation:
     """An evaluation and the file it lies in."""
 
     file: Path
@@ -187,7 +187,7 @@ def read_evaluation(file: Path) -> Evaluation | None:
     return typed.read_file(Evaluation, file, REMEDY) if file.is_file() else None
 
 
-def all_evaluations(folder: Path) -> list[Kept]:
+def all_evaluations(folder: Path) -> list[StoredEvaluation]:
     """The evaluations of a folder, the fullest first: those in its `eval/`, or the one eval.json of an older version.
 
     One that cannot be read is named and left out.
@@ -196,7 +196,7 @@ def all_evaluations(folder: Path) -> list[Kept]:
     found = []
     for file in files:
         try:
-            found.append(Kept(file, typed.read_file(Evaluation, file, REMEDY)))
+            found.append(StoredEvaluation(file, typed.read_file(Evaluation, file, REMEDY)))
         except RunError as e:
             log.warning("%s", e)
     return sorted(found, key=lambda each: each.fullness, reverse=True)

@@ -16,13 +16,23 @@ import yaml
 
 from alignlab.errors import RunError
 from alignlab.recipe.load import TargetsSection
+from alignlab.recipe.objectives import STAGES
 from alignlab.runs import typed
-from alignlab.runs.evaluation import FILE, Evaluation, Kept, Target, all_evaluations, judge_targets, read_evaluation
+from alignlab.runs.evaluation import (
+    FILE,
+    Evaluation,
+    StoredEvaluation,
+    Target,
+    all_evaluations,
+    judge_targets,
+    read_evaluation,
+)
 from alignlab.runs.logs import MetricRow, last_samples, read_metrics
 from alignlab.runs.run import EXAMINATION, Examination, Limits, Manifest, Run, Warned, parent_of, refuse_changed
 from alignlab.text.estimate import Estimate, is_number
-from alignlab.text.tables import WinRate
+from alignlab.text.tables import Row, WinRate
 
+COST_NOTE = "with the SFT run that it starts from; hours of one device"
 OVER_REPLIES = ("kl", "reply_tokens", "eos_rate")  # whose n is the number of sampled replies
 
 
@@ -73,12 +83,13 @@ class RunFacts:
     kept: Evaluated | None  # at the step whose weights were kept
     last: Evaluated | None
     evaluation: Evaluation | None
-    others: Sequence[Kept]  # evaluations that are not so full
+    others: Sequence[StoredEvaluation]  # evaluations that are not so full
     targets: Sequence[Target]
     examination: Examination | None
     settings: Mapping[str, str]  # every setting by its dotted name, as JSON
     recipe_text: str
     notices: Sequence[str]
+    cost: Mapping[str, float] = field(default_factory=dict)  # see `cost_of`
     rows: Sequence[MetricRow] = field(repr=False)
     samples: Sequence[Mapping[str, Any]] = field(repr=False)  # its last replies
 
@@ -132,7 +143,7 @@ class RunFacts:
     @property
     def kept_its_start(self) -> bool:
         """Whether a guard left no checkpoint, so that the weights are still those of the reference."""
-        return self.stage == "dpo" and self.ended == "guard" and not self.best_step
+        return self.stage != "sft" and self.ended == "guard" and not self.best_step
 
     @property
     def same_replies(self) -> tuple[int, int]:
@@ -200,9 +211,30 @@ def read_run(path: Path) -> RunFacts:
         settings=settings,
         recipe_text=_recipe_text(run, manifest),
         notices=[*notices, *found_nothing],
+        cost=cost_of(run),
         rows=rows,
         samples=samples,
     )
+
+
+def cost_of(run: Run) -> dict[str, float]:
+    """Steps, tokens and hours of training, with those of the SFT run that it started from; what is known of them."""
+    made, before = run.manifest, parent_of(run)
+    hours = None if made.training_seconds is None else made.training_seconds * (made.world_size or 1) / 3600
+    found: dict[str, Any] = {"steps": made.steps, "tokens": made.tokens, "hours": hours}
+    earlier = cost_of(before) if before and before.has_started else dict.fromkeys(found, 0.0)
+    if made.parent and made.parent.run and before is None:
+        return {}
+    return {name: its + earlier[name] for name, its in found.items() if its is not None and name in earlier}
+
+
+def cost_rows(spent: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Of each model, by its name, what `cost_of` says: a row a figure."""
+    found = []
+    for name in ("steps", "tokens", "hours"):
+        values = {of: Estimate(its[name]) for of, its in spent.items() if name in its}
+        found.append(Row(group="cost of training", measure=name, better="lower", values=values, note=COST_NOTE))
+    return [row for row in found if row.values]
 
 
 def _test(manifest: Manifest, samples: Sequence[Mapping[str, Any]]) -> OnTest:
@@ -232,7 +264,9 @@ def _win_rate(manifest: Manifest, found: Evaluation | None) -> tuple[Estimate | 
     """
     model = section(manifest, "model")
     start = "the model it started from" if model.get("start") else "SFT"
-    judged = found.over("dpo", found.against) if found and manifest.stage == "dpo" else None
+    if manifest.stage == "orpo":
+        start = "the base model"
+    judged = found.over(manifest.stage, found.against) if found and manifest.stage != "sft" else None
     if judged:
         return judged, _judge_in_words(found.judge), "the base model" if found.against == "base" else start
     versus = "the base model" if model.get("reference") == "base" else start
@@ -292,7 +326,7 @@ def _targets(
     """As `alignlab eval` judged them, else by the run's own figures."""
     if found and found.targets:
         return found.targets
-    if manifest.stage != "dpo" or manifest.test is None:
+    if not STAGES[manifest.stage].from_sft or manifest.test is None:
         return ()
     before, after = test.reference_perplexity, test.perplexity
     change = Estimate(after.mean / before.mean - 1) if before and after and before.mean else None
@@ -351,14 +385,14 @@ def seconds_between(start: str | None, end: str | None) -> float | None:
     return (last - first).total_seconds()
 
 
-def judged_together(runs: Sequence[RunFacts]) -> tuple[Kept | None, dict[str, str]]:
+def judged_together(runs: Sequence[RunFacts]) -> tuple[StoredEvaluation | None, dict[str, str]]:
     """The evaluation in which most of these runs were judged side by side, and their names there.
 
     It is looked for with each run and in the folders that hold them, where `alignlab eval --runs` writes.
     """
     parents = {Path(run.folder).resolve().parent for run in runs}
     folders = {*(Path(run.folder) for run in runs), *parents, Path(os.path.commonpath(parents))}
-    best: tuple[Kept | None, dict[str, str]] = (None, {})
+    best: tuple[StoredEvaluation | None, dict[str, str]] = (None, {})
     for kept in (each for folder in sorted(folders) for each in all_evaluations(folder)):
         names = {run.name: name for run in runs if (name := _name_in(kept.found, run))}
         if kept.found.win_rates and (len(names), kept.fullness) > (len(best[1]), best[0].fullness if best[0] else ()):

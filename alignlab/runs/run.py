@@ -134,7 +134,7 @@ class Figures:
 class Manifest:
     """What a run says of itself, in `manifest.json`; what it does not know yet is none or empty."""
 
-    stage: Literal["sft", "dpo"]
+    stage: Literal["sft", "dpo", "kto", "orpo"]
     status: Literal["running", "finished", "stopped", "failed"]
     stop_reason: str | None = None
     consumed: Mapping[str, Any] = field(default_factory=dict)  # the settings that its result depends on, by section
@@ -162,6 +162,7 @@ class Manifest:
     figures_seconds: float | None = None
     best_step: int | None = None  # whose weights were kept
     steps: int | None = None
+    tokens: int | None = None  # that training has read, as TRL counts them
     world_size: int | None = None
     probe: Sequence[float] = ()  # log-probabilities of a few replies, by which the model is known again
     base_probe: Sequence[float] = ()  # the same replies' before SFT
@@ -201,7 +202,7 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class DataFinding:
     """A sign that something is wrong with the data, or that it was looked for in vain: a count of 0."""
 
     name: str
@@ -232,7 +233,7 @@ class Examination:
     fingerprint: str | None
     tokens: Mapping[str, Lengths]
     histogram: Histogram
-    findings: Sequence[Found]
+    findings: Sequence[DataFinding]
     features: Sequence[Feature]
 
 
@@ -373,7 +374,7 @@ def check_name(name: str, where: str = "--run") -> str:
 
 
 def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: Path = RUNS) -> Run:
-    """The run that a command is about: NAME, or the best of the sweep, or else the last DPO run, or the last SFT run.
+    """The run that a command is about: NAME, or the best of the sweep, else the last run that is not SFT's.
 
     RECIPE is a run directory itself, a folder of runs, or a recipe's name or file, whose runs are under `root`; the
     recipe need not be there. RunError says what is there instead.
@@ -389,7 +390,7 @@ def find_run(recipe: str, name: str | None = None, *, best: bool = False, root: 
         return _there(folder / check_name(name), recipe)
     if not (runs := runs_in(folder)):
         return _there(folder, recipe)
-    return max(runs, key=lambda run: (run.manifest.stage == "dpo", run.manifest.started or ""))
+    return max(runs, key=lambda run: (run.manifest.stage != "sft", run.manifest.started or ""))
 
 
 def runs_folder(recipe: str, root: Path = RUNS) -> Path:
@@ -457,8 +458,12 @@ def _there(path: Path, recipe: str | None = None) -> Run:
         raise RunError(f"{path} has no manifest.json, so it is no run directory; copy it whole from where it was made")
     if beside := [other.path.name for other in runs_in(path.parent)]:
         raise RunError(f"there is no run at {path} (there: {', '.join(beside)}){suggest(path.name, beside)}")
-    if recipe is None or path.is_dir():
-        raise RunError(f"there is no run at {path}")
+    if (
+        recipe is None
+        or path.is_dir()
+        or (len(Path(recipe).parts) > 1 and Path(recipe).suffix not in (".yaml", ".yml"))
+    ):
+        raise RunError(f"there is no run at {path}; `alignlab dpo RECIPE` makes one in runs/RECIPE")
     find_recipe(recipe)  # says which recipes there are
     raise RunError(f"there is no run of {recipe} yet (looked in {path}); make one with alignlab dpo {recipe}")
 
@@ -652,7 +657,7 @@ def best_of(checkpoint: Path) -> Path:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What the trainer knew when it wrote the checkpoint: `log_history`, `best_global_step` and more."""
-    return json.loads((checkpoint / "trainer_state.json").read_text())
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def step_of(checkpoint: Path) -> int:

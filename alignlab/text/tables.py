@@ -157,6 +157,8 @@ def _line(row: Row, names: Sequence[str], change_of: str | None) -> list[str]:
 def _cell(estimate: Estimate | None, sign: str = "") -> str:
     if estimate is None:
         return ""
+    if estimate.stderr is None and abs(estimate.mean) >= 100:  # a count, such as of steps
+        return f"{estimate.mean:{sign},.0f}"
     digits = 3 if abs(estimate.mean) < 10 else 1
     error = "" if estimate.stderr is None else f"±{estimate.stderr:.{digits}f}"
     return f"{estimate.mean:{sign}.{digits}f}{error}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
-import resource
 import secrets
 import signal
 import sys
@@ -16,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import ProgressCallback
 
@@ -94,6 +93,59 @@ class Progress(ProgressCallback):
             self.training_bar.write(line, file=sys.stderr) if self.training_bar else log.info(line)
 
 
+def early_stopping(patience: int) -> EarlyStoppingCallback:
+    """Ends a run after so many evaluations without a better one; of a run that goes on, whatever it had before."""
+
+    class Patience(EarlyStoppingCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            super().on_train_begin(args, state, control, **kwargs)
+            self.early_stopping_patience = patience
+            state.stateful_callbacks.setdefault(
+                type(self).__name__, self.state()
+            )  # transformers 5.23 takes it for there
+
+    Patience.__name__ = EarlyStoppingCallback.__name__  # under which checkpoints keep it
+    return Patience(patience)
+
+
+class TimeLeft(TrainerCallback):
+    """Says after the first steps how long the rest will take, evaluations among it where one has been measured."""
+
+    STEPS = 5  # measured, before which nothing is said
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.since, self.evaluation = time.monotonic(), 0.0
+        self.seconds: list[float] = []
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if not self.seconds:  # the one before the first step
+            self.evaluation = time.monotonic() - self.since
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.since = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.monotonic() - self.since)
+        if len(self.seconds) != self.STEPS:
+            return
+        of_a_step, left = sum(self.seconds) / self.STEPS, state.max_steps - state.global_step
+        evaluations = state.max_steps // state.eval_steps - state.global_step // state.eval_steps
+        line = f"step {state.global_step}/{state.max_steps}: {of_a_step:.2g} s a step"
+        line += f", {self.evaluation:.2g} s an evaluation" if self.evaluation else ", evaluations not counted"
+        log.info("%s; %s to go", line, in_words(left * of_a_step + evaluations * self.evaluation))
+
+
+def in_words(seconds: float) -> str:
+    """
+    >>> in_words(95), in_words(9000)
+    ('about 2 minutes', 'about 2.5 hours')
+    """
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.{int(unit != 'minutes')}f} {unit}"
+    return f"about {seconds:.0f} seconds"
+
+
 class CarriedOver(TrainerCallback):
     """Keeps in each checkpoint what transformers leaves out of it (5.23), and takes it up where a run goes on.
 
@@ -109,7 +161,7 @@ class CarriedOver(TrainerCallback):
         file = self._file(args, state)
         if not file.is_file():  # a new run, or one that goes on with more processes
             return
-        found, trainer = json.loads(file.read_text()), self.trainer
+        found, trainer = json.loads(file.read_text(encoding="utf-8")), self.trainer
         trainer._tr_loss += found["loss"]
         trainer._globalstep_last_logged = found["last_logged"]
         trainer._metrics["train"].update(found["averages"])
@@ -267,8 +319,8 @@ class Guard(TrainerCallback):
     `outside` tells whether the last evaluation was outside the limits, and so may not be the best checkpoint.
     """
 
-    def __init__(self, run: Run, section: MonitorSection, anchored: bool):
-        self.run, self.section, self.anchored = run, section, anchored
+    def __init__(self, run: Run, section: MonitorSection, stage: str, anchored: bool):
+        self.run, self.section, self.stage, self.anchored = run, section, stage, anchored
         self.said = {warning.guard for warning in run.manifest.warnings}
         self.outside = False
         self.stopped: Alarm | None = None
@@ -278,7 +330,8 @@ class Guard(TrainerCallback):
             self.on_evaluate(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        found = alarms([row for row in state.log_history if "eval_loss" in row], self.section, self.anchored)
+        evaluations = [row for row in state.log_history if "eval_loss" in row]
+        found = alarms(evaluations, self.section, self.anchored, self.stage)
         for alarm in found:
             if alarm.guard not in self.said:
                 self._say(alarm, state.is_world_process_zero)
@@ -341,11 +394,11 @@ def _distance(one: Sequence[float], other: Sequence[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def check_loss(loss: float) -> None:
-    """Refuses a sigmoid loss other than ln 2 where policy and reference are the same model."""
-    if not abs(loss - math.log(2)) <= LOSS_TOLERANCE:
+def check_loss(loss: float, expected: float) -> None:
+    """Refuses another loss than that of two equal models, where policy and reference are the same model."""
+    if not abs(loss - expected) <= LOSS_TOLERANCE:
         raise ModelError(
-            f"before the first step the loss is {loss:.4f}, not ln 2 = 0.6931, though policy and reference agree; "
+            f"before the first step the loss is {loss:.4f}, not {expected:.4f}, though policy and reference agree; "
             f"a fault of alignlab or TRL, please report it"
         )
 
@@ -355,7 +408,7 @@ def start_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux alone has it, and not every container lets it be written
-        PEAK_RESET.write_text("5")
+        PEAK_RESET.write_text("5", encoding="utf-8")
 
 
 def peak_memory() -> int:
@@ -363,10 +416,14 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
-        lines = PROCESS_STATUS.read_text().splitlines()
+        lines = PROCESS_STATUS.read_text(encoding="utf-8").splitlines()
         if peak := next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None):
             return int(peak) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return psutil.Process().memory_info().peak_wset  # type: ignore[attr-defined]  # of Windows alone
 
 
 @contextlib.contextmanager

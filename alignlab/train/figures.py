@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from alignlab.data import toy
 from alignlab.data.format import Stops
-from alignlab.data.prepare import Prepared
+from alignlab.data.prepare import Prepared, is_labelled
 from alignlab.disk import write_lines
 from alignlab.measure import heldout
 from alignlab.measure.heldout import PairLogps
@@ -21,7 +21,7 @@ from alignlab.text.estimate import mean_estimate
 from alignlab.text.tables import WinRate
 from alignlab.train.reference import COLUMNS
 from alignlab.train.samples import HeldOutPrompts
-from alignlab.train.trainers import AlignDPOTrainer
+from alignlab.train.trainers import PreferenceTrainer
 
 
 def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, stops: Stops, seed: int) -> HeldOutPrompts:
@@ -33,16 +33,20 @@ def held_out_prompts(recipe: Recipe, pairs: Dataset, split: str, stops: Stops, s
     return HeldOutPrompts(split, texts, ids, kl.max_new_tokens, stops, kl.batch_size, seed)
 
 
-def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
-    """Estimates over the test pairs, and over replies to the test prompts; `scores.jsonl` has each held-out pair's."""
+def figures_on_test(trainer: PreferenceTrainer, recipe: Recipe, pairs: Prepared, run: Run) -> dict[str, Any]:
+    """Estimates over the test pairs, and over replies to the test prompts; `scores.jsonl` has each held-out pair's.
+
+    Single replies with a label have no pairs to rank: their figures are those of good replies and of bad ones.
+    """
+    has_pairs = not is_labelled(pairs.test)
     scored = {split: _score(trainer, of) for split, of in (("validation", pairs.validation), ("test", pairs.test))}
-    if run.is_writer:
+    if run.is_writer and has_pairs:
         write_lines(run.scores_file, _scores(scored))
     policy, reference = scored["test"]
     assert trainer.samples is not None, "training has drawn some"
-    found: dict[str, Any] = {
-        name: dataclasses.asdict(e) for name, e in heldout.preference(policy, reference, trainer.beta).items()
-    }
+    preference = heldout.preference if has_pairs else heldout.preference_by_label
+    rewards = preference(policy, reference, trainer.beta)
+    found: dict[str, Any] = {name: dataclasses.asdict(of) for name, of in rewards.items()}
     found["perplexity"] = heldout.reply_perplexity(policy)
     found["reference_perplexity"] = heldout.reply_perplexity(reference)
     stops = trainer.samples.prompts.stops
@@ -56,7 +60,7 @@ def figures_on_test(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, r
     return found
 
 
-def _score(trainer: AlignDPOTrainer, pairs: Dataset) -> tuple[PairLogps, PairLogps]:
+def _score(trainer: PreferenceTrainer, pairs: Dataset) -> tuple[PairLogps, PairLogps]:
     """What policy and reference make of these pairs."""
     policy = trainer.score_pairs(trainer.model, pairs)
     return policy, _reference_logps(trainer, pairs, policy)
@@ -70,9 +74,9 @@ def _scores(scored: Mapping[str, tuple[PairLogps, PairLogps]]) -> Iterator[dict[
             yield {"split": split, "pair": number, "chosen": ours, "rejected": theirs}
 
 
-def _reference_logps(trainer: AlignDPOTrainer, pairs: Dataset, policy: PairLogps) -> PairLogps:
+def _reference_logps(trainer: PreferenceTrainer, pairs: Dataset, policy: PairLogps) -> PairLogps:
     """From the store where they are there, and those of the replies as they are, else from the reference itself."""
-    if set(COLUMNS) <= set(pairs.column_names) and trainer.args.ld_alpha is None:
+    if set(COLUMNS) <= set(pairs.column_names) and getattr(trainer.args, "ld_alpha", None) is None:
         chosen, rejected = (torch.tensor(list(pairs[name])) for name in COLUMNS)
         return PairLogps(chosen, rejected, policy.chosen_tokens_N)
     with trainer.as_reference() as model:

@@ -20,7 +20,8 @@ MORE_REPEATED = 0.1  # share of 4-grams that stood in the reply before
 LESS_DISTINCT = 0.7  # of the different bigrams there were
 UNMOVED = 0.01  # nats a reply from the reference below which training has changed nothing that a reader could see
 
-GENTLER = ("stop earlier", "a larger dpo.beta", "a smaller dpo.learning_rate")
+LARGER_BETA = "a larger dpo.beta"
+GENTLER = ("stop earlier", LARGER_BETA, "a smaller dpo.learning_rate")
 ANCHOR = "dpo.loss_type=[sigmoid,sft], which holds on to the chosen replies"
 
 
@@ -40,16 +41,22 @@ class Alarm:
         return {"guard": self.guard, "step": self.step, "message": self.message}
 
 
-def alarms(evaluations: Sequence[Row], limits: MonitorSection, anchored: bool = False) -> list[Alarm]:
+def alarms(
+    evaluations: Sequence[Row], limits: MonitorSection, anchored: bool = False, stage: str = "dpo"
+) -> list[Alarm]:
     """What the last of a run's evaluations gives cause to warn of; the first, before training, is its measure.
 
-    `anchored` says that the loss holds the SFT term already, which then is no remedy.
+    `anchored` says that the loss holds the SFT term already, or can have none, which then is no remedy. A remedy names
+    the stage's own settings. ORPO has no reference that a larger beta would bind it to: KL and length are told from the
+    base model, and change as they do in SFT.
     """
     if len(evaluations) < 2:
         return []
     step = int(evaluations[-1]["step"])
-    found = ((name, guard(evaluations, limits), stops) for name, (guard, stops) in GUARDS.items())
-    remedies = lambda all_of_them: tuple(r for r in all_of_them if not (anchored and r == ANCHOR))
+    asked = {name: of for name, of in GUARDS.items() if stage != "orpo" or name not in OF_REFERENCE}
+    found = ((name, guard(evaluations, limits), stops) for name, (guard, stops) in asked.items())
+    useless = {*([ANCHOR] if anchored else []), *([LARGER_BETA] if stage == "orpo" else [])}
+    remedies = lambda all_of_them: tuple(r.replace("dpo.", f"{stage}.") for r in all_of_them if r not in useless)
     return [Alarm(name, step, said[0], remedies(said[1]), stops) for name, said, stops in found if said]
 
 
@@ -149,3 +156,4 @@ GUARDS: dict[str, tuple[Callable[[Sequence[Row], MonitorSection], Said], bool]] 
     "chosen_reward": (_chosen_reward, False),
     "unmoved": (_unmoved, False),
 }
+OF_REFERENCE = ("kl", "length")  # guards that need an SFT model to measure from

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import yaml
 from alignlab.errors import MachineError, RunError
 from alignlab.recipe.load import ModelSection
 
+log = logging.getLogger(__name__)
+
+WAIT_MINUTES = 15  # for the host whose machine_rank is 0
 ASKED = "ALIGNLAB_WORLD_SIZE"  # how many processes a launch was asked for, handed down to each of them
 SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # and what accelerate sets for it
 
@@ -41,11 +44,17 @@ def launch(file: Path, section: ModelSection, arguments: Sequence[str], processe
     config = read_config(file)
     refuse_sharded_4bit(section, str(config["distributed_type"]))
     asked = processes or config.get("num_processes", 1)
+    if asked > 1 and not config.get("use_cpu"):
+        _refuse_without_gpu(asked, str(file))
+    if config.get("num_machines", 1) > 1:
+        log.info("%s", waits_for(config))
+    import torch.distributed
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = ["--config_file", str(file), "--num_processes", str(asked), "-m", "alignlab", *arguments]
+    words = ["--config_file", str(file), "--num_processes", str(asked), "--rdzv_conf", f"timeout={60 * WAIT_MINUTES}"]
+    words += ["-m", "alignlab", *arguments]
     os.environ[ASKED] = str(asked)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what is wrong
     try:
@@ -59,9 +68,32 @@ def launch(file: Path, section: ModelSection, arguments: Sequence[str], processe
         raise KeyboardInterrupt from e
     except subprocess.CalledProcessError as e:
         return e.returncode
+    except torch.distributed.DistError as e:
+        raise MachineError(f"the other hosts have not come together ({' '.join(str(e).split())[:200]})") from e
     except (ValueError, ConnectionError, ImportError) as e:  # accelerate's way of refusing a combination
         raise MachineError(f"accelerate cannot launch with {file}: {' '.join(str(e).split())}") from e
     return 0
+
+
+def waits_for(config: Mapping[str, Any]) -> str:
+    """Of a launch over several hosts: for whom this one waits, and how long."""
+    hosts, rank = config["num_machines"], config.get("machine_rank", 0)
+    where = f"{config.get('main_process_ip')}:{config.get('main_process_port')}"
+    if rank:
+        return f"host {rank} of 0 to {hosts - 1}: waits up to {WAIT_MINUTES} minutes for host 0 at {where}"
+    others = "host 1" if hosts == 2 else f"hosts 1 to {hosts - 1}"
+    how_long = "up to 10 minutes on GPUs, 30 on CPUs"  # torch's own, for the first collective of NCCL and gloo
+    return f"host 0 of 0 to {hosts - 1}: waits at {where} for {others}, {how_long}"
+
+
+def _refuse_without_gpu(processes: int, file: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MachineError(
+            f"{file} asks for {processes} processes, and there is no GPU here; leave --launch out, or write "
+            f"use_cpu: true as in accelerate_configs/two-cpu.yaml"
+        )
 
 
 @contextlib.contextmanager
@@ -112,12 +144,16 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def refuse_sharded_4bit(section: ModelSection, distributed_type: str | None = None) -> None:
     """Refuses to shard 4-bit weights: what is left to shard is an adapter, and DDP is the way that is tested."""
-    sharded = distributed_type in SHARDED or any(os.environ.get(name) == "true" for name in SHARDED.values())
-    if section.load_in_4bit and sharded:
+    if section.load_in_4bit and (distributed_type in SHARDED or is_sharded()):
         raise MachineError(
             "model.load_in_4bit does not go with FSDP or DeepSpeed; use accelerate_configs/ddp.yaml, "
             "or set model.load_in_4bit=false"
         )
+
+
+def is_sharded() -> bool:
+    """Whether this process holds a part of the weights, by FSDP or DeepSpeed."""
+    return any(os.environ.get(name) == "true" for name in SHARDED.values())
 
 
 def check_world(world_size: int) -> None:
@@ -128,6 +164,8 @@ def check_world(world_size: int) -> None:
             f"accelerate was asked for {asked} processes and started {world_size}: without GPUs write "
             f"distributed_type: MULTI_GPU and use_cpu: true as in accelerate_configs/two-cpu.yaml"
         )
+    if world_size > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+        _refuse_without_gpu(world_size, "the launcher")
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and world_size == 1:
         raise MachineError(

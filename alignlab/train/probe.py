@@ -19,11 +19,12 @@ from transformers.trainer_callback import ProgressCallback
 from trl import DPOConfig, SFTConfig
 
 from alignlab.data.prepare import Prepared, sft_rows
+from alignlab.errors import RecipeError
 from alignlab.memory.fakes import Meter, held_tensors
 from alignlab.memory.plan import GIB, Plan, plan
 from alignlab.memory.steps import Row
 from alignlab.models import load as models
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.load import Recipe
 from alignlab.train.reference import with_reference_columns
 from alignlab.train.stages import prepare_data, with_weights
@@ -66,7 +67,9 @@ def probe(recipe: Recipe, stage: str) -> Probe:
     On a GPU the figure is torch's own. On a CPU it is the bytes of tensors after each operation, which leaves out what
     a kernel takes for itself: it checks the parts that do not depend on CUDA.
     """
-    tokenizer, pairs = prepare_data(recipe)
+    if stage not in ("sft", "dpo"):
+        raise RecipeError(f"--probe runs steps of sft and dpo; alignlab plan --stage {stage} plans without it")
+    tokenizer, pairs = prepare_data(recipe, stage)
     recipe, cuda = with_weights(recipe), torch.cuda.is_available()
     whole = plan(recipe, stage, cuda=cuda).job
     micro_batches = min(whole.given["gradient_accumulation_steps"], MICRO_BATCHES)
@@ -97,7 +100,7 @@ def _lengths(row: Mapping[str, Any]) -> Row:
 
 
 def _trainer(recipe: Recipe, stage: str, rows: Dataset, micro_batches: int, tokenizer: Any, folder: Path) -> Any:
-    section, here = recipe.model, Circumstances(folder, len(rows), not torch.cuda.is_available())
+    section, here = recipe.model, TrainingContext(folder, len(rows), not torch.cuda.is_available())
     given = {**trl_arguments(recipe, stage, here), **QUIET}
     given |= {"max_steps": STEPS, "gradient_accumulation_steps": micro_batches, "learning_rate": 1e-6}
     weights = models.load_weights(section)

@@ -32,7 +32,7 @@ from alignlab.disk import digest
 from alignlab.errors import ModelError
 from alignlab.models import load as models
 from alignlab.recipe.load import ModelSection
-from alignlab.train.store import IDS, RECORD, ReferenceIdentity, Shelf, pair_keys, read_records, records_of
+from alignlab.train.store import IDS, RECORD, ReferenceIdentity, ReferenceRecords, pair_keys, read_records, records_of
 
 Pair = Mapping[str, Sequence[int]]  # prompt_ids, chosen_ids, rejected_ids
 
@@ -113,7 +113,7 @@ def _config(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredPairs:
     """Pairs, and what the store knows of them."""
 
     identity: ReferenceIdentity
@@ -142,7 +142,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Receipt:
+class StoreUse:
     """What the store was good for; `str()` is the line a run prints."""
 
     pairs: int
@@ -163,7 +163,7 @@ def look_up(
     *,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
-) -> Found:
+) -> StoredPairs:
     """What the store knows of these pairs, the same on every rank: rank 0 reads.
 
     A file that is damaged, or is about something else than its name says, counts as empty, and one line says so.
@@ -184,10 +184,12 @@ def look_up(
     for _, key, place in longest:
         if key not in known:
             missing.setdefault(key, place)
-    return Found(identity, splits, {split: keys for split, (keys, _) in keyed.items()}, records, [*missing.values()])
+    return StoredPairs(
+        identity, splits, {split: keys for split, (keys, _) in keyed.items()}, records, [*missing.values()]
+    )
 
 
-def worth_storing(found: Found, online_pairs: int) -> bool:
+def worth_storing(found: StoredPairs, online_pairs: int) -> bool:
     """Whether completing the store costs no more reference forwards than a run without it, which makes `online_pairs`.
 
     That is so for any run over all of its training pairs, since the forward is the same and evaluations come free;
@@ -206,7 +208,7 @@ def pairs_scored_online(args: DPOConfig, train: int, validation: int, world_size
     return trained + evaluations * validation
 
 
-def complete(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> tuple[dict[str, Dataset], Receipt]:
+def complete(found: StoredPairs, compute: Callable[[Pair], tuple[float, float]]) -> tuple[dict[str, Dataset], StoreUse]:
     """The splits with TRL's reference columns, after computing and storing what was missing.
 
     `compute` gives the reference's log-probabilities of one pair (chosen, rejected). With several ranks each computes
@@ -222,7 +224,7 @@ def complete(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> tu
         of = records_of(records, found.keys[split])
         filled[split] = with_reference_columns(pairs, of["chosen"], of["rejected"])
     saved = records_of(found.records, found.known_keys)["seconds"].sum()
-    return filled, Receipt(found.pairs, found.hits, spent, float(saved) / PartialState().num_processes)
+    return filled, StoreUse(found.pairs, found.hits, spent, float(saved) / PartialState().num_processes)
 
 
 def with_reference_columns(pairs: Dataset, chosen_N: np.ndarray, rejected_N: np.ndarray) -> Dataset:
@@ -233,25 +235,25 @@ def with_reference_columns(pairs: Dataset, chosen_N: np.ndarray, rejected_N: np.
     return pairs
 
 
-def _filled(found: Found, compute: Callable[[Pair], tuple[float, float]]) -> np.ndarray:
+def _filled(found: StoredPairs, compute: Callable[[Pair], tuple[float, float]]) -> np.ndarray:
     """Every record of these pairs, the missing ones computed now."""
     state = PartialState()
-    shelf = Shelf(found.identity, found.records, writes=state.is_main_process)
+    growing = ReferenceRecords(found.identity, found.records, writes=state.is_main_process)
     a_turn = PAIRS_A_TURN * state.num_processes
     quiet = not (state.is_main_process and sys.stderr.isatty())
     try:
         with tqdm(total=len(found.missing), desc="reference", unit="pair", delay=3, disable=quiet) as bar:
             for first in range(0, len(found.missing), a_turn):
                 turn = found.missing[first : first + a_turn]
-                shelf.add(np.concatenate(gather_object([_share(found, turn, compute)])))
+                growing.add(np.concatenate(gather_object([_share(found, turn, compute)])))
                 bar.update(len(turn))
     finally:
-        shelf.save()
+        growing.save()
     wanted = np.concatenate([*found.keys.values()])
-    return _from_main(lambda: records_of(shelf.records, np.unique(wanted)))
+    return _from_main(lambda: records_of(growing.records, np.unique(wanted)))
 
 
-def _share(found: Found, turn: Sequence[tuple[str, int]], compute: Callable) -> np.ndarray:
+def _share(found: StoredPairs, turn: Sequence[tuple[str, int]], compute: Callable) -> np.ndarray:
     """This rank's records of a turn. Each rank computes as many, or sharded weights would wait for one another."""
     state = PartialState()
     mine = range(state.process_index, state.process_index + len(turn), state.num_processes)
@@ -259,7 +261,7 @@ def _share(found: Found, turn: Sequence[tuple[str, int]], compute: Callable) -> 
     return np.array([_computed(found, *place, compute) for place in places], RECORD)
 
 
-def _computed(found: Found, split: str, row: int, compute: Callable) -> tuple[bytes, float, float, float]:
+def _computed(found: StoredPairs, split: str, row: int, compute: Callable) -> tuple[bytes, float, float, float]:
     pair = found.ids[split][row]
     began = time.perf_counter()
     chosen, rejected = compute(pair)

@@ -1,4 +1,4 @@
-"""`train_sft` and `train_dpo`: recipe → run."""
+"""`train_sft`, `train_dpo`, `train_kto` and `train_orpo`: recipe → run."""
 
 from __future__ import annotations
 
@@ -18,33 +18,45 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
-from trl import DPOConfig, SFTConfig
 
 from alignlab.data.format import FIXED_DAY, Format, Stops
 from alignlab.data.pairing import CUT
-from alignlab.data.prepare import Prepared, prepare, prepare_replies, sft_rows
+from alignlab.data.prepare import Prepared, is_labelled, kto_rows, prepare, prepare_replies, sft_rows
+from alignlab.data.splits import SPLITS
 from alignlab.disk import digest, filling, seal
-from alignlab.errors import AlignlabError, RunError
+from alignlab.errors import AlignlabError, DataError, RunError
 from alignlab.measure import heldout
 from alignlab.memory.page import plan_line
 from alignlab.models import load as models
 from alignlab.models import pretrain
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
+from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import ModelSection, Recipe, consumed, run_name, write_yaml
+from alignlab.recipe.objectives import STAGES, config_class
 from alignlab.recipe.show import far_from_usual
 from alignlab.runs import run as runs
 from alignlab.runs.run import Parent, Run
 from alignlab.train import callbacks
 from alignlab.train.figures import figures_on_test, held_out_prompts
 from alignlab.train.launch import check_world, refuse_different_recipes, refuse_sharded_4bit, together
-from alignlab.train.reference import Found, complete, identify_reference, look_up, pairs_scored_online, worth_storing
+from alignlab.train.reference import (
+    StoredPairs,
+    complete,
+    identify_reference,
+    look_up,
+    pairs_scored_online,
+    worth_storing,
+)
 from alignlab.train.samples import Samples
 from alignlab.train.store import ReferenceIdentity
-from alignlab.train.trainers import AlignDPOTrainer, AlignSFTTrainer
+from alignlab.train.trainers import AlignDPOTrainer, AlignKTOTrainer, AlignSFTTrainer
 
 log = logging.getLogger(__name__)
+
+TRAINERS = {"dpo": AlignDPOTrainer, "kto": AlignKTOTrainer}
+BATCH = "per_device_train_batch_size"
 
 
 @together()
@@ -52,7 +64,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
     """Supervised fine-tuning on the chosen replies (loss over the reply only); a finished run is left as it is."""
     with _opened(recipe, "sft", root, name, force) as run:
         section = with_weights(recipe).model
-        tokenizer, pairs = prepare_data(recipe)
+        tokenizer, pairs = prepare_data(recipe, "sft")
         replies = prepare_replies(recipe.data, tokenizer, pairs)
         base = models.identify(section)
         made_from = _made_from(recipe, tokenizer, pairs, base)
@@ -67,7 +79,7 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
         if replies is not pairs:
             run.note(sft_data=_facts_of(replies))
         checkpoint = _resume_point(run)
-        args = sft_config(recipe, _here(run.checkpoints, len(rows), checkpoint))
+        args = trl_config(recipe, "sft", _here(run.checkpoints, len(rows), checkpoint))
         config = models.load_config(section)
         models.check_positions(config, args.max_length, "sft")
         models.check_vocabulary(config, tokenizer, rows)
@@ -88,25 +100,44 @@ def train_sft(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = N
 @together()
 def train_dpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
     """DPO from the SFT run of the same recipe, or from `model.start`; a finished run is left as it is."""
-    sft, section, start = _start(recipe, root)
-    parent = _parent(sft, start)
-    with _opened(recipe, "dpo", root, name, force) as run:
-        tokenizer, pairs = prepare_data(recipe)
+    return _train_preferences(recipe, "dpo", root, name, force)
+
+
+@together()
+def train_kto(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
+    """KTO from where DPO starts, on single replies with a label or on pairs taken apart."""
+    return _train_preferences(recipe, "kto", root, name, force)
+
+
+@together()
+def train_orpo(recipe: Recipe, *, root: Path = Path("runs"), name: str | None = None, force: bool = False) -> Run:
+    """ORPO from the base model, in one stage; MachineError where the installed TRL has it no longer."""
+    config_class("orpo")
+    return _train_preferences(recipe, "orpo", root, name, force)
+
+
+def _train_preferences(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Run:
+    sft, section, start = _start(recipe, stage, root)
+    parent = _parent(sft, start) if STAGES[stage].from_sft else None
+    with _opened(recipe, stage, root, name, force) as run:
+        tokenizer, pairs = prepare_data(recipe, stage)
         base = models.identify(section)
-        made_from = _made_from(recipe, tokenizer, pairs, base) | {"start weights": parent.weights or parent.start}
+        made_from = _made_from(recipe, tokenizer, pairs, base)
+        if parent:
+            made_from["start weights"] = parent.weights or parent.start
         if folder := section.reference_folder:
             made_from["reference weights"] = models.weights_hash(Path(folder))
         if _is_made(run, made_from):
             return run
         _note_data(run, pairs)
         checkpoint = _resume_point(run)
-        here = _here(run.checkpoints, len(pairs.train), checkpoint)
-        trainer = _dpo_trainer(recipe, section, start, here, tokenizer, pairs)
+        trainer = _preference_trainer(recipe, stage, section, start, run.checkpoints, tokenizer, pairs, checkpoint)
         run.note(base=base, parent=parent, reference=start.reference)
         log.info("reference: %s", start.reference)
         trainer.identity = _identify_reference(trainer, section, start, base)
-        pairs = _with_stored_reference(trainer, pairs, run)
-        _check_start(trainer, recipe, pairs, sft)
+        if isinstance(trainer, AlignDPOTrainer):
+            pairs = _with_stored_reference(trainer, pairs, run)
+        _check_start(trainer, stage, section, pairs, sft)
         _train(trainer, recipe, run, pairs, checkpoint)
         began = time.monotonic()
         figures = figures_on_test(trainer, recipe, pairs, run)
@@ -120,10 +151,10 @@ def prepare_dpo(recipe: Recipe, *, root: Path = Path("runs"), runs: int = 1) -> 
 
     The last are stored where `runs` runs together would ask the reference for more pairs than there are to store.
     """
-    _, section, start = _start(recipe, root)
-    tokenizer, pairs = prepare_data(recipe)
+    _, section, start = _start(recipe, "dpo", root)
+    tokenizer, pairs = prepare_data(recipe, "dpo")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _dpo_trainer(recipe, section, start, _here(Path(folder), len(pairs.train)), tokenizer, pairs)
+        trainer = _preference_trainer(recipe, "dpo", section, start, Path(folder), tokenizer, pairs)
         trainer.identity = _identify_reference(trainer, section, start, models.identify(section))
         if trainer.identity is None:
             return
@@ -133,33 +164,57 @@ def prepare_dpo(recipe: Recipe, *, root: Path = Path("runs"), runs: int = 1) -> 
                 log.info("%s", complete(found, score)[1])
 
 
-def _start(recipe: Recipe, root: Path) -> tuple[Run | None, ModelSection, models.Start]:
-    """What DPO starts from: the SFT run, where the recipe has one, and the model with its weights."""
+def _start(recipe: Recipe, stage: str, root: Path) -> tuple[Run | None, ModelSection, models.Start]:
+    """What a stage starts from: the SFT run, where the recipe has one, and the model with its weights.
+
+    ORPO starts from the base model and trains without a reference; what stands for it is what figures are told from.
+    """
+    if not STAGES[stage].from_sft:
+        section = dataclasses.replace(with_weights(recipe).model, start=None, reference="base")
+        told = f"none in the loss; KL, rewards and win rate are told from the base model {recipe.model.name}"
+        return None, section, models.Start(section.name, None, told)
     sft = None if recipe.model.start else _sft_run(recipe, root)
     section = with_weights(recipe).model
     return sft, section, models.find_start(section, sft.model if sft else None)
 
 
-def _dpo_trainer(recipe: Recipe, section: ModelSection, start: models.Start, here: Circumstances, tokenizer, pairs):
-    args = dpo_config(recipe, here)
+def _preference_trainer(
+    recipe: Recipe,
+    stage: str,
+    section: ModelSection,
+    start: models.Start,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Prepared,
+    checkpoint: Path | None = None,
+) -> Any:
+    """The stage's trainer, with the policy and the model that it is compared with."""
+    own = getattr(recipe, stage)
+    rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
+    if stage == "kto":
+        batch, seed = (own.get(key, library_settings()[stage][key].default) for key in (BATCH, "seed"))
+        rows = {name: kto_rows(of, batch, seed) for name, of in rows.items()}
+    args = trl_config(recipe, stage, _here(folder, len(rows["train_dataset"]), checkpoint))
     config = models.load_config(section)
-    models.check_positions(config, args.max_length, "dpo")
+    models.check_positions(config, args.max_length, stage)
     models.check_vocabulary(config, tokenizer, pairs.train)
     set_seed(args.seed)
     policy, reference = models.load_policy(section, start)
-    rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation}
-    trainer = AlignDPOTrainer(policy, reference, args, **rows, processing_class=tokenizer)
+    if stage == "orpo":
+        from alignlab.train.orpo import AlignORPOTrainer
+
+        trainer = AlignORPOTrainer(policy, args, **rows, processing_class=tokenizer)
+        trainer.ref_model = reference and trainer.accelerator.prepare_model(reference, evaluation_mode=True)
+    else:
+        trainer = TRAINERS[stage](policy, reference, args, **rows, processing_class=tokenizer)
     if isinstance(policy, PeftModel):
         models.settle_adapters(policy, section, start.adapter)
     return trainer
 
 
-def sft_config(recipe: Recipe, here: Circumstances) -> SFTConfig:
-    return SFTConfig(**trl_arguments(recipe, "sft", here))
-
-
-def dpo_config(recipe: Recipe, here: Circumstances) -> DPOConfig:
-    return DPOConfig(**trl_arguments(recipe, "dpo", here))
+def trl_config(recipe: Recipe, stage: str, here: TrainingContext) -> Any:
+    """TRL's own config of a stage."""
+    return config_class(stage)(**trl_arguments(recipe, stage, here))
 
 
 def _processes() -> PartialState:
@@ -167,9 +222,9 @@ def _processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> Circumstances:
+def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> TrainingContext:
     world = _processes().num_processes
-    return Circumstances(folder, rows, not torch.cuda.is_available(), world, checkpoint is not None)
+    return TrainingContext(folder, rows, not torch.cuda.is_available(), world, checkpoint is not None)
 
 
 @contextlib.contextmanager
@@ -252,13 +307,25 @@ def with_weights(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder)))
 
 
-def prepare_data(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, Prepared]:
-    """The recipe's tokenizer and its pairs as the model will see them, without a run."""
+def prepare_data(recipe: Recipe, stage: str = "dpo") -> tuple[PreTrainedTokenizerBase, Prepared]:
+    """The recipe's tokenizer and its pairs as the model will see them, without a run; for KTO and SFT labels too."""
     section = with_weights(recipe).model
     tokenizer = models.load_tokenizer(section)
-    pairs = prepare(recipe.data, tokenizer)
+    pairs = prepare(recipe.data, tokenizer, labels=STAGES[stage].takes_labels)
+    if is_labelled(pairs.train):
+        _refuse_one_sided(pairs)
     _say_how_it_is_written(section.name, Format(recipe.data.format, tokenizer), pairs.repaired.get(CUT, 0))
     return tokenizer, pairs
+
+
+def _refuse_one_sided(rows: Prepared) -> None:
+    """KTO learns from what good replies have and bad ones have not, and each split must tell whether it has."""
+    for split in SPLITS:
+        labels = list(getattr(rows, split)["label"])
+        if all(labels) or not any(labels):
+            called, missing = ("good", "bad") if labels[0] else ("bad", "good")
+            remedy = f"bring {missing} ones too" + ("" if split == "train" else f", or a larger data.{split}_share")
+            raise DataError(f"all {len(labels)} replies of the {split} split are labelled {called}; {remedy}")
 
 
 def stops_of(recipe: Recipe) -> list[str] | None:
@@ -341,17 +408,17 @@ def _train(trainer, recipe: Recipe, run: Run, pairs: Prepared, checkpoint: Path 
 def _add_callbacks(trainer, recipe: Recipe, run: Run) -> callbacks.StopOnInterrupt:
     for callback in (ProgressCallback, PrinterCallback):  # `callbacks.Progress` takes their place
         trainer.remove_callback(callback)
-    interrupt = callbacks.StopOnInterrupt()
+    stage, interrupt = run.manifest.stage, callbacks.StopOnInterrupt()
     trainer.carried_over = callbacks.CarriedOver(trainer)
-    own = [callbacks.Progress(), callbacks.EvaluateAtEnd(), interrupt, callbacks.WeightsMove()]
-    own += [callbacks.MetricsFile(run), trainer.carried_over, callbacks.WholeCheckpoints(run)]
-    if isinstance(trainer, AlignDPOTrainer):
-        limits = recipe.monitor
+    own = [callbacks.Progress(), callbacks.TimeLeft(), callbacks.EvaluateAtEnd(), interrupt]
+    own += [callbacks.WeightsMove(), callbacks.MetricsFile(run), trainer.carried_over, callbacks.WholeCheckpoints(run)]
+    if stage != "sft":
+        limits = recipe.monitor if STAGES[stage].from_sft else dataclasses.replace(recipe.monitor, max_kl=None)
         run.note(limits={"max_kl": limits.max_kl, "max_accuracy": limits.max_accuracy, "action": limits.action})
-        trainer.guard = callbacks.Guard(run, limits, anchored="sft" in trainer.loss_types)
+        trainer.guard = callbacks.Guard(run, limits, stage, trainer.is_anchored)
         own.append(trainer.guard)
     if recipe.monitor.patience:
-        own.append(EarlyStoppingCallback(recipe.monitor.patience))
+        own.append(callbacks.early_stopping(recipe.monitor.patience))
     for callback in own:
         trainer.add_callback(callback)
     return interrupt
@@ -385,16 +452,19 @@ def _parent(sft: Run | None, start: models.Start) -> Parent:
 
 
 def _identify_reference(
-    trainer: AlignDPOTrainer, section: ModelSection, start: models.Start, base: dict[str, Any]
+    trainer: Any, section: ModelSection, start: models.Start, base: dict[str, Any]
 ) -> ReferenceIdentity | None:
     """Under which the store knows the reference; none where weights are sharded, so that it is in place only later."""
-    shared = trainer.share_prefixes(section.prefix_sharing)
+    is_dpo = isinstance(trainer, AlignDPOTrainer)
+    shared = is_dpo and trainer.share_prefixes(section.prefix_sharing)
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return None
-    return identify_reference(section, start, ld_alpha=trainer.args.ld_alpha, prefix_sharing=shared, known=base)
+    return identify_reference(
+        section, start, ld_alpha=trainer.args.ld_alpha if is_dpo else None, prefix_sharing=shared, known=base
+    )
 
 
-def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[Found, int]:
+def _look_up(trainer: AlignDPOTrainer, pairs: Prepared) -> tuple[StoredPairs, int]:
     """What the store knows of these pairs, and for how many a run without it would ask the reference."""
     args, splits = trainer.args, {"train": pairs.train, "validation": pairs.validation}
     if args.ld_alpha is None:  # the test figures are of the replies as they are
@@ -416,8 +486,8 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     filled: dict[str, Dataset] = {}
     if stored:
         with trainer.scoring_reference() as score:
-            filled, receipt = complete(found, score)
-        log.info("%s", receipt)
+            filled, use = complete(found, score)
+        log.info("%s", use)
         trainer.use_stored_reference(filled["train"], filled["validation"])
     else:
         log.info("reference: scored during training, %d pairs; the store would need %d", online, len(found.missing))
@@ -425,9 +495,8 @@ def _with_stored_reference(trainer: AlignDPOTrainer, pairs: Prepared, run: Run) 
     return dataclasses.replace(pairs, **filled)
 
 
-def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft: Run | None) -> None:
+def _check_start(trainer: Any, stage: str, section: ModelSection, pairs: Prepared, sft: Run | None) -> None:
     """The step-0 checks: policy and reference are the models that the recipe means, for TRL's loss too."""
-    section = recipe.model
     exact = section.dtype == "float32" and not section.load_in_4bit
     policy = trainer.probe(trainer.model, pairs.validation)
     with trainer.as_reference() as model:
@@ -441,17 +510,18 @@ def _check_start(trainer: AlignDPOTrainer, recipe: Recipe, pairs: Prepared, sft:
             callbacks.check_probe("reference", reference, "SFT run", tuned, base, exact)
         elif base:
             callbacks.check_probe("reference", reference, "base model", base, tuned, exact)
-    if section.reference == "base" or section.reference_folder:
+    if STAGES[stage].from_sft and (section.reference == "base" or section.reference_folder):
         return
     callbacks.check_probe("reference", reference, "policy", policy, None, exact)
-    for pair in pairs.train.select(range(min(4, len(pairs.train)))):
-        first = trainer.score_one(pair)
-        logps = [first[f"logps/{side}"] for side in ("chosen", "rejected")]
-        rewards = [first[f"rewards/{side}"] for side in ("chosen", "rejected")]
-        apart = [nats - reward / trainer.beta for nats, reward in zip(logps, rewards, strict=True)]
+    few = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))
+    for row in few if section.reference == "sft" else ():
+        first = trainer.score_one(row)
+        sides = [side for side in ("chosen", "rejected") if f"logps/{side}" in first]  # one, of a reply with a label
+        logps = [first[f"logps/{side}"] for side in sides]
+        apart = [first[f"logps/{side}"] - first[f"rewards/{side}"] / trainer.beta for side in sides]
         callbacks.check_probe("reference in TRL's loss", apart, "policy", logps, None, exact)
-        if trainer.starts_at_ln_2:
-            callbacks.check_loss(first["loss"])
+        if trainer.first_loss is not None:
+            callbacks.check_loss(first["loss"], trainer.first_loss)
 
 
 def _finish(trainer, run: Run, **facts: Any) -> None:
@@ -469,6 +539,7 @@ def _finish(trainer, run: Run, **facts: Any) -> None:
         status="finished",
         best_step=trainer.state.best_global_step,
         steps=trainer.state.global_step,
+        tokens=int(trainer._total_train_tokens),
         world_size=_processes().num_processes,
         peak_memory_gib=round(trainer.carried_over.peak() / 2**30, 2),
         finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

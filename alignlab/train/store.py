@@ -95,7 +95,7 @@ def merged(*parts: np.ndarray) -> np.ndarray:
 # Files ------------------------------------------------------------------------
 
 
-class Shelf:
+class ReferenceRecords:
     """The records of one reference while a run adds to them; what it adds is in the file within a minute."""
 
     def __init__(self, identity: ReferenceIdentity, records: np.ndarray, writes: bool = True):

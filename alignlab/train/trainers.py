@@ -1,4 +1,4 @@
-"""TRL's trainers with the few methods that alignlab overrides: every seam with TRL is here, and a test names each."""
+"""TRL's trainers with the few methods that alignlab overrides: every seam with TRL is here or in `orpo`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOTrainer, SFTTrainer
 from trl.trainer.utils import use_adapter
 
 from alignlab.measure import heldout
@@ -47,15 +47,17 @@ else:
 
 
 class _Seams(Trainer):
-    """What both trainers need changed in TRL: resuming, exact held-out means, and metrics of our own."""
-
-    _batch_sizes: list[dict[str, int]]
-    _batch_losses: list[float]
+    """What all trainers need changed in TRL: resuming, exact held-out means, and metrics of our own."""
 
     samples: Samples | None = None
     guard: Guard | None = None
     carried_over: CarriedOver | None = None
     identity: ReferenceIdentity | None = None  # of the reference, where the store may know it
+
+    def __init__(self, *args, **kwargs):
+        self._batch_sizes: list[dict[str, int]] = []
+        self._batch_losses: list[float] = []
+        super().__init__(*args, **kwargs)
 
     def _load_from_checkpoint(self, checkpoint: str, model: PreTrainedModel | None = None) -> None:
         """Restores adapters bit for bit."""
@@ -107,8 +109,9 @@ class _Seams(Trainer):
             loss = next(name for name in reversed([*logs]) if name.endswith("_loss"))
             metrics = self._metrics["eval"]
             for name, values in metrics.items():
-                if len(values) == len(self._batch_sizes):
-                    metrics[name] = [_mean(values, [sizes[self._weight_of(name)] for sizes in self._batch_sizes])]
+                weights = [count for sizes in self._batch_sizes if (count := sizes[self._weight_of(name)])]
+                if len(values) == len(weights):  # TRL leaves out a batch that has nothing to average
+                    metrics[name] = [_mean(values, weights)]
             logs[loss] = _mean(self._batch_losses, [sizes[self._weight_of("loss")] for sizes in self._batch_sizes])
             logs["eval_perplexity"] = self._perplexity()
             logs |= self._errors()
@@ -138,8 +141,6 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
     """TRL's SFTTrainer on rows that alignlab has prepared."""
 
     def __init__(self, *args, **kwargs):
-        self._batch_sizes: list[dict[str, int]] = []
-        self._batch_losses: list[float] = []
         super().__init__(*args, **kwargs)
         leave_router_logits_out(self.model)
 
@@ -156,15 +157,68 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
         return None
 
 
-class AlignDPOTrainer(_Seams, DPOTrainer):
+class PreferenceTrainer(_Seams):
+    """What the trainers that learn preferences share: a model beside the policy, from which KL and rewards are told.
+
+    It is the reference of DPO and KTO; ORPO has none, and is measured from the base model.
+    """
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the loss holds an SFT term, or can be given none."""
+        return True
+
+    @property
+    def first_loss(self) -> float | None:
+        """The loss where policy and reference are the same, if that is known."""
+        return None
+
+    def score_pairs(self, model: PreTrainedModel, pairs: Dataset) -> PairLogps:
+        return heldout.score_pairs(model, pairs, self.processing_class.pad_token_id)
+
+    def reference_context(self):
+        return self.as_reference
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """The model that answers as the reference does, while the context lasts."""
+        if self.ref_model is not None:
+            yield self.accelerator.unwrap_model(self.ref_model)
+            return
+        policy = self._unwrapped()
+        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+            yield policy
+
+    @torch.no_grad()
+    def return_to_reference(self) -> None:
+        """Gives the policy the reference's weights: what is left when no checkpoint is worth keeping."""
+        policy = self._unwrapped()
+        if self.ref_model is not None:
+            policy.load_state_dict(self.accelerator.unwrap_model(self.ref_model).state_dict())
+        elif "ref" in policy.peft_config:
+            set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="ref"))
+        else:  # the reference is the model without its adapter, as which a fresh one answers
+            config = policy.peft_config["default"]
+            policy.delete_adapter("default")
+            policy.add_adapter("default", config)
+            policy.set_adapter("default")
+
+    @torch.no_grad()
+    def score_one(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """TRL's own loss and rewards of one row, leaving no trace in its averages."""
+        self.model.eval()
+        inputs = self._prepare_inputs(self.data_collator([row]))
+        with self.accelerator.autocast():  # which accelerate puts around the model only once training begins
+            loss = self.compute_loss(self.model, inputs).item()
+        found = {name: values[-1] for name, values in self._metrics["eval"].items()}
+        self._metrics["eval"].clear()
+        return {"loss": loss, **found}
+
+
+class AlignDPOTrainer(PreferenceTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs that alignlab has prepared, with the reference that the recipe means."""
 
     shares_prefixes = False
-
-    def __init__(self, *args, **kwargs):
-        self._batch_sizes: list[dict[str, int]] = []
-        self._batch_losses: list[float] = []
-        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args: DPOConfig, dataset_name: str) -> Dataset:
         """The pairs as they are: they hold token ids, and TRL would tokenize them again, cut them and drop some."""
@@ -242,7 +296,7 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
     def score_pairs(self, model: PreTrainedModel, pairs: Dataset) -> PairLogps:
         """What `heldout.score_pairs` gives, with each prompt computed once where training does that."""
         if not self.shares_prefixes:
-            return heldout.score_pairs(model, pairs, self.processing_class.pad_token_id)
+            return super().score_pairs(model, pairs)
         was_training, rows = model.training, pairs.select_columns([*IDS]).to_list()
         model.eval()
         order = sorted(range(len(rows)), key=lambda i: -sum(len(rows[i][name]) for name in IDS))
@@ -261,49 +315,63 @@ class AlignDPOTrainer(_Seams, DPOTrainer):
         self.train_dataset, self.eval_dataset = train, validation
         self.precompute_ref_logps = True
 
-    def reference_context(self):
-        return self.as_reference
-
-    @contextlib.contextmanager
-    def as_reference(self) -> Iterator[PreTrainedModel]:
-        """The model that answers as the reference does, while the context lasts."""
-        if self.ref_model is not None:
-            yield self.accelerator.unwrap_model(self.ref_model)
-            return
-        policy = self._unwrapped()
-        with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
-            yield policy
-
-    @torch.no_grad()
-    def return_to_reference(self) -> None:
-        """Gives the policy the reference's weights: what is left when no checkpoint is worth keeping."""
-        policy = self._unwrapped()
-        if self.ref_model is not None:
-            policy.load_state_dict(self.accelerator.unwrap_model(self.ref_model).state_dict())
-        elif "ref" in policy.peft_config:
-            set_peft_model_state_dict(policy, get_peft_model_state_dict(policy, adapter_name="ref"))
-        else:  # the reference is the model without its adapter, as which a fresh one answers
-            config = policy.peft_config["default"]
-            policy.delete_adapter("default")
-            policy.add_adapter("default", config)
-            policy.set_adapter("default")
+    @property
+    def first_loss(self) -> float | None:
+        """ln 2 of a sigmoid loss and nothing else."""
+        plain = self.loss_types == ["sigmoid"] and self.loss_weights == [1.0]
+        return math.log(2) if plain and not self.use_weighting and not self.aux_loss_enabled else None
 
     @property
-    def starts_at_ln_2(self) -> bool:
-        """Whether the loss is ln 2 where policy and reference are the same: a sigmoid loss and nothing else."""
-        plain = self.loss_types == ["sigmoid"] and self.loss_weights == [1.0]
-        return plain and not self.use_weighting and not self.aux_loss_enabled
+    def is_anchored(self) -> bool:
+        return "sft" in self.loss_types
 
-    @torch.no_grad()
-    def score_one(self, pair: Mapping[str, Any]) -> dict[str, float]:
-        """TRL's own loss and rewards of one pair, leaving no trace in its averages."""
-        self.model.eval()
-        inputs = self._prepare_inputs(self.data_collator([pair]))
-        with self.accelerator.autocast():  # which accelerate puts around the model only once training begins
-            loss = self.compute_loss(self.model, inputs).item()
-        found = {name: values[-1] for name, values in self._metrics["eval"].items()}
-        self._metrics["eval"].clear()
-        return {"loss": loss, **found}
+
+class AlignKTOTrainer(PreferenceTrainer, KTOTrainer):
+    """TRL's KTOTrainer on the rows of `data.kto_rows`."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
+        """The rows as they are: they hold token ids, and each another row's reply beside its own."""
+        return dataset
+
+    def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        is_good, tokens = inputs["label"].bool(), inputs["completion_mask"][:, 1:].sum(1)
+        return {
+            "rows": torch.tensor(len(is_good), device=is_good.device),
+            "chosen": is_good.sum(),
+            "rejected": (~is_good).sum(),
+            "chosen tokens": tokens[is_good].sum(),
+            "rejected tokens": tokens[~is_good].sum(),
+            "tokens": tokens.sum(),
+        }
+
+    def _weight_of(self, metric: str) -> str:
+        side = metric.rpartition("/")[2]
+        if side in ("chosen", "rejected"):
+            return f"{side} tokens" if metric.startswith("logits/") else side
+        return "tokens" if metric == "entropy" else "rows"
+
+    def _perplexity(self) -> float:
+        replies, tokens = (sum(sizes[name] for sizes in self._batch_sizes) for name in ("chosen", "chosen tokens"))
+        return math.exp(-self._metrics["eval"]["logps/chosen"][0] * replies / tokens)
+
+    def _errors(self) -> dict[str, float]:
+        """No error; the margin is that of the means over all rows, where TRL averages the margins of batches."""
+        metrics = self._metrics["eval"]
+        metrics["rewards/margins"] = [metrics["rewards/chosen"][0] - metrics["rewards/rejected"][0]]
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's own estimate of the KL, on mismatched replies of a batch, is no KL on samples: it is `kto_kl`."""
+        for metrics in self._metrics.values():
+            if "kl" in metrics:
+                metrics["kto_kl"] = metrics.pop("kl")
+        super().log(logs, start_time)
+
+    @property
+    def first_loss(self) -> float | None:
+        """1 − σ(0), where good and bad rows weigh the same."""
+        plain = self.desirable_weight == self.undesirable_weight == 1.0 and not self.aux_loss_enabled
+        return 0.5 if plain else None
 
 
 def _mean(values: list[float], weights: list[int]) -> float:

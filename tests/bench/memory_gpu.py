@@ -39,7 +39,7 @@ from trl import DPOConfig
 
 from alignlab.memory.plan import GIB, plan
 from alignlab.models import load as models
-from alignlab.recipe.arguments import Circumstances, trl_arguments
+from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.load import Recipe, load_recipe
 from alignlab.train.probe import MICRO_BATCHES, QUIET, STEPS, measured
 from alignlab.train.trainers import AlignDPOTrainer
@@ -111,7 +111,7 @@ def cell(name: str, recipe: Recipe, weights: PreTrainedModel, config, length: in
 
 def make_trainer(policy, recipe: Recipe, pairs: Dataset, batch: int, folder: Path) -> AlignDPOTrainer:
     cpu = not torch.cuda.is_available()
-    given = {**trl_arguments(recipe, "dpo", Circumstances(folder, len(pairs), cpu)), **QUIET}
+    given = {**trl_arguments(recipe, "dpo", TrainingContext(folder, len(pairs), cpu)), **QUIET}
     given |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": MICRO_BATCHES, "max_steps": STEPS}
     args = DPOConfig(**{**given, "max_length": None})
     trainer = AlignDPOTrainer(policy, None, args, train_dataset=pairs, processing_class=tokenizer())

@@ -26,13 +26,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from alignlab.disk import write_json
 from alignlab.memory.plan import GIB
 from alignlab.models import load as models
-from alignlab.recipe.arguments import Circumstances
+from alignlab.recipe.arguments import TrainingContext
 from alignlab.recipe.load import KLSection, load_recipe
 from alignlab.runs.run import Run
 from alignlab.train.figures import held_out_prompts
 from alignlab.train.probe import measured
 from alignlab.train.samples import Samples
-from alignlab.train.stages import dpo_config, prepare_data
+from alignlab.train.stages import prepare_data, trl_config
 from alignlab.train.trainers import AlignDPOTrainer
 
 HERE = Path(__file__).parent
@@ -71,9 +71,9 @@ def prepared(folder: Path) -> tuple[AlignDPOTrainer, Samples]:
     recipe = load_recipe("gpt2", own)
     tokenizer, pairs = prepare_data(recipe)
     policy = models.add_adapter(models.load_weights(recipe.model), recipe.model)
-    here = Circumstances(folder, len(pairs.train), on_cpu=True)
+    here = TrainingContext(folder, len(pairs.train), on_cpu=True)
     rows = {"train_dataset": pairs.train, "eval_dataset": pairs.validation, "processing_class": tokenizer}
-    trainer = AlignDPOTrainer(policy, None, dpo_config(recipe, here), **rows)
+    trainer = AlignDPOTrainer(policy, None, trl_config(recipe, "dpo", here), **rows)
     trainer.share_prefixes("auto")
     for name, weight in policy.named_parameters():
         if "lora_B.default" in name:  # a policy that has left its reference

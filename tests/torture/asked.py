@@ -29,7 +29,7 @@ class CountingJudge:
 
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
         texts = [row["question"] for row in map(json.loads, lines) if row["event"] == "request"]
-        return [digest({"model": JUDGE, "max_tokens": 1024, "text": text}) for text in texts]
+        return [digest({"model": JUDGE, "text": text}) for text in texts]
 
     def stop(self) -> None:
         self.process.kill()

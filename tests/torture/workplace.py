@@ -102,13 +102,13 @@ def prepare_environment() -> None:
 
 
 def import_everything() -> None:
-    import alignlab.data.prepare
-    import alignlab.doctor.examination
-    import alignlab.evaluation.evaluator
-    import alignlab.exports.export
-    import alignlab.reports.page
-    import alignlab.rounds.rounds
-    import alignlab.sweeps.runner
+    import alignlab.data.prepare  # noqa: F401
+    import alignlab.doctor.examination  # noqa: F401
+    import alignlab.evaluation.evaluator  # noqa: F401
+    import alignlab.exports.export  # noqa: F401
+    import alignlab.reports.page  # noqa: F401
+    import alignlab.rounds.rounds  # noqa: F401
+    import alignlab.sweeps.runner  # noqa: F401
     import alignlab.train.stages  # noqa: F401
 
 

@@ -35,13 +35,14 @@ PAIR_COLUMNS = {
     "chosen_ids": "ids",
     "rejected_ids": "ids",
 }
+LABEL = {"label": "flag"}  # of a reply that stands alone
 CONFIDENCE = {"confidence": "number"}  # a column beside them, where a source has it
 ORIGIN = {"file": "count", "line": "count"}  # columns of every pair: the number of its file, and the line there
 KEY_BYTES = 8  # of a dialogue
 OF_THE_PAIRS = {split: f"dialogue also in the {split} split of the pairs" for split in SPLITS}  # a reason
 
 
-class Ledger:
+class RowAccount:
     """Counts what becomes of each row, and takes the pairs that are kept; a context manager that closes its files."""
 
     def __init__(
@@ -65,7 +66,7 @@ class Ledger:
         self._pending: dict[str, list[tuple[Pair, int, int]]] = {split: [] for split in SPLITS}
         self._files = ExitStack()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> RowAccount:
         self._dropped = self._files.enter_context((self.folder / "dropped.jsonl").open("w", encoding="utf-8"))
         self._tables = {
             split: self._files.enter_context(arrow_writer(self.folder / f"{split}.arrow", self.columns | ORIGIN))
@@ -148,13 +149,14 @@ class Ledger:
 
 
 def _bytes(pair: Pair) -> bytes:
-    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies)]
+    label = () if pair.label is None else (str(pair.label),)
+    texts = [text.encode() for text in (pair.split, pair.prompt, *pair.replies, *label)]
     ids = [ids.tobytes() for ids in (pair.prompt_ids, *pair.reply_ids)]
     return b"".join([piece for one in (*texts, *ids) for piece in (len(one).to_bytes(8, "little"), one)])
 
 
 def read_dialogues(folder: Path, counts: Mapping[str, int]) -> dict[str, frozenset[bytes]]:
-    """The hashes of the dialogues in each split, as `Ledger.account` has written them."""
+    """The hashes of the dialogues in each split, as `RowAccount.account` has written them."""
     content, start, found = (folder / "dialogues.bin").read_bytes(), 0, {}
     for split in SPLITS:
         end = start + KEY_BYTES * counts[split]
@@ -193,6 +195,7 @@ def _schema(columns: Mapping[str, str]) -> pyarrow.Schema:
         "ids": pyarrow.list_(pyarrow.int32()),
         "number": pyarrow.float32(),
         "count": pyarrow.int32(),
+        "flag": pyarrow.bool_(),
     }
     return pyarrow.schema({name: kinds[kind] for name, kind in columns.items()})
 
