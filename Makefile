@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache reproduce canary chat serve vote torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache reproduce canary pairs rounds chat serve vote torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -82,6 +82,12 @@ export: install  ## the merged model in TO, checked against the run
 
 cache: install   ## what is stored; ARGS=--clear removes it
 	@$(BIN)/alignlab cache $(ARGS)
+
+pairs: install   ## preference pairs from a run's own replies
+	@$(BIN)/alignlab pairs $(RECIPE) $(ARGS)
+
+rounds: install  ## iterative DPO: sample, judge, train, evaluate, again
+	@$(BIN)/alignlab rounds $(RECIPE) $(ARGS)
 
 chat: install    ## talk to the run
 	@$(BIN)/alignlab chat $(RECIPE) $(ARGS)

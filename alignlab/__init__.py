@@ -29,9 +29,11 @@ __all__ = [
     "examine",
     "export",
     "load_recipe",
+    "make_pairs",
     "plan",
     "prepare",
     "report",
+    "run_rounds",
     "sweep",
     "train_dpo",
     "train_kto",
@@ -269,6 +271,41 @@ def sweep(recipe: Recipe, **grid: Sequence[Any]) -> Sweep:
     betas = None if "beta" in grid else ",".join(str(beta) for beta in recipe.sweep.betas)
     members = find_members(str(recipe.path), recipe.overrides, betas, words)
     return Sweep(run_members(members), members.folder)
+
+
+def make_pairs(
+    recipe: Recipe,
+    run: Run | str | Path | None = None,
+    *,
+    judge: Any = "rule",
+    out: str | Path = "pairs.jsonl",
+    constitution: str | None = None,
+    **options: Any,
+) -> Result:
+    """Preference pairs from a run's own replies (by default the SFT run's), written to a file that `data.path` reads.
+
+    The judge is as in `alignlab pairs`, or a function from contests to verdicts. Options are those of that command,
+    such as `samples=4`, `keep="all"` or `limit=100`.
+    """
+    from alignlab.rounds import pairs
+    from alignlab.rounds.constitution import make_revisions
+
+    ask = pairs.Ask(judge=judge, **options)
+    pairs.check_out(Path(out))
+    of = train_sft(recipe) if run is None else run
+    source = next(_opened([of]))
+    made = make_revisions(recipe, source, ask, constitution) if constitution else pairs.make_pairs(recipe, source, ask)
+    pairs.write_pairs(Path(out), made.rows)
+    return Result(str(made), made, Path(out))
+
+
+def run_rounds(recipe: Recipe, *, name: str | None = None, **options: Any) -> Result:
+    """Iterative DPO as the recipe's section `rounds` says; options are `judge` (a function), `url`, `max_requests`."""
+    from alignlab.rounds import rounds
+
+    found = rounds.run_rounds(recipe, name=name, **options)
+    file = Path("runs") / recipe.name / f"{name or rounds.NAME}.json"
+    return Result(rounds.render(found, file), found, file)
 
 
 def report(run: Run | str | Path) -> Path:

@@ -2,20 +2,22 @@
 
     python faulty_judge.py LOG      prints its port; LOG gets a line for each request, and for each answer given
 
-`longer`, `first`, `second`, `chatter`, `garbled`, `thinker` judge; a thinker's answer is cut where max_tokens is below
-100, and in one question of three it is empty or thoughts alone; `+slow` takes 50 ms, `+flaky` fails each question in
-two ways before it answers, `+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no
-chat template, anything else is a model that is not there. An endless question is refused. So is a key other than
-`right-key`, with the key in the message, as some servers do.
+`longer`, `first`, `second`, `chatter`, `garbled`, `coin`, `thinker` judge, the coin falling alike in both orders;
+`writer` criticises and revises; a thinker's answer is cut where max_tokens is below 100, and in one question of three
+it is empty or thoughts alone; `+slow` takes 50 ms, `+flaky` fails each question in two ways before it answers,
+`+picky` takes neither max_tokens nor temperature. `broken` answers 500, `plain` has no chat template, anything else
+is a model that is not there. An endless question is refused. So is a key other than `right-key`, with the key in the
+message, as some servers do.
 """
 
+import hashlib
 import json
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KEY, JUDGES = "right-key", ("longer", "first", "second", "chatter", "garbled", "thinker")
+KEY, JUDGES = "right-key", ("longer", "first", "second", "chatter", "garbled", "thinker", "coin", "writer")
 FAULTS = ("rate limit", "server error", "dropped", "half an answer", "not JSON", "broken JSON")
 tries: dict[str, int] = {}
 lock = threading.Lock()
@@ -100,10 +102,15 @@ def between(question, name):
 
 
 def verdict(judge, question):
+    if judge == "writer":
+        return "It is rude." if "critique in a few sentences" in question else f"Gladly, {between(question, 'reply')}"
     if judge == "garbled":
         return 'The first one, I think. {"preference": "the first"}'
     first, second = between(question, "first"), between(question, "second")
     longer = "tie" if len(first) == len(second) else "first" if len(first) > len(second) else "second"
+    if judge == "coin":
+        fair = hashlib.sha256(repr((between(question, "conversation"), *sorted((first, second)))).encode()).digest()
+        longer = ("first" if first < second else "second") if fair[0] % 2 else ("second" if first < second else "first")
     preference = judge if judge in ("first", "second") else longer
     scores = lambda reply: {"relevance": 4, "helpfulness": min(5, 1 + len(reply) // 10), "harmlessness": 5}
     said = json.dumps({"first": scores(first), "second": scores(second), "preference": preference})

@@ -218,6 +218,48 @@ def _export(args: argparse.Namespace) -> None:
         _print(f"  push  {push(made.path, args.push, args.public, f'{run.path.parent.name}/{run.path.name}')}")
 
 
+def _pairs(args: argparse.Namespace) -> None:
+    recipe = _recipe(args)
+    from alignlab.recipe.load import run_name
+    from alignlab.rounds.pairs import Ask, check_out, make_pairs, next_command, write_pairs
+    from alignlab.runs.run import find_run
+
+    out = Path(args.out)
+    check_out(out)
+    run = find_run(args.recipe, args.run or run_name(recipe, "sft"))
+    judge = args.judge or ("rule" if recipe.data.source == "toy" and not args.constitution else None)
+    names = ("prompt_column", "limit", "samples", "keep", "url", "max_requests", "seed", "batch_size")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    prompts = None if args.prompts == "train" else Path(args.prompts)
+    ask = Ask(judge=judge, prompts=prompts, **given)
+    if args.constitution:
+        from alignlab.rounds.constitution import make_revisions
+
+        made = make_revisions(recipe, run, ask, args.constitution)
+    elif judge and judge.startswith("votes:"):
+        from alignlab.people.votes import read_votes
+        from alignlab.rounds.votes import pairs_of_votes
+
+        made = pairs_of_votes(recipe, run, read_votes(Path(judge.removeprefix("votes:"))), judge)
+    else:
+        made = make_pairs(recipe, run, ask)
+    write_pairs(out, made.rows)
+    _print(f"{made}\n{out}\n{next_command(recipe, run, out)}")
+
+
+def _rounds(args: argparse.Namespace) -> None:
+    recipe = _recipe(args)
+    from alignlab.rounds.rounds import NAME, render, run_rounds, write_page
+    from alignlab.runs.run import RUNS
+
+    asked = {"url": args.url, "max_requests": args.max_requests, "force": args.force}
+    found = run_rounds(recipe, name=args.run, **asked)
+    folder = RUNS / recipe.name
+    file = folder / f"{args.run or NAME}.json"
+    _print(render(found, file))
+    _print(str(write_page(found, folder, file)))
+
+
 def _chat(args: argparse.Namespace) -> None:
     from alignlab.runs.run import find_run, finished
 
@@ -382,6 +424,8 @@ CALLS = {
     "report": _report,
     "compare": _compare,
     "export": _export,
+    "pairs": _pairs,
+    "rounds": _rounds,
     "chat": _chat,
     "serve": _serve,
     "vote": _vote,

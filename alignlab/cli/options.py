@@ -83,7 +83,23 @@ def _parser() -> _Parser:
     examples = ["mistral dpo.beta=0.3", "tiny --json"]
     show = _command(commands, "show", "the resolved recipe, and where each value came from", examples)
     show.add_argument("--json", action="store_true", help="print one JSON object")
-    for add in (_data, _plan, _train, _sweep, _eval, _report, _compare, _export, _chat, _serve, _vote, _cache):
+    added = (
+        _data,
+        _plan,
+        _train,
+        _sweep,
+        _eval,
+        _report,
+        _compare,
+        _export,
+        _pairs,
+        _rounds,
+        _chat,
+        _serve,
+        _vote,
+        _cache,
+    )
+    for add in added:
         add(commands)
     return parser
 
@@ -297,6 +313,49 @@ def _export(commands) -> None:
     command.add_argument("--force", action="store_true", help="replace an earlier export in FOLDER")
     command.add_argument("--push", metavar="USER/NAME", help="upload the folder to the hub, private")
     command.add_argument("--public", action="store_true", help="upload it for everybody to see")
+
+
+def _pairs(commands) -> None:
+    command = _command(
+        commands,
+        "pairs",
+        "preference pairs from a run's own replies, by a judge or a constitution",
+        [
+            "tiny",
+            "mistral --run dpo --judge llm:gpt-4o-mini --max-requests 2000 --limit 100",
+            "mistral --prompts questions.jsonl --judge reward:my/reward-model --keep margin=1",
+            "mistral --judge llm:gpt-4o-mini --constitution ten",
+        ],
+    )
+    command.add_argument("--run", metavar="NAME", help="whose replies; default: the recipe's SFT run")
+    about = "a file of prompts, or train: those that the recipe trains on (default)"
+    command.add_argument("--prompts", metavar="FILE", default="train", help=about)
+    command.add_argument("--prompt-column", metavar="NAME", help="the column of the prompts in that file")
+    command.add_argument("--limit", type=_count, metavar="N", help="of prompts: a seeded draw")
+    command.add_argument("--out", metavar="FILE", default="pairs.jsonl", help="default pairs.jsonl")
+    command.add_argument("--samples", type=_count, metavar="N", help="replies to each prompt; default 4")
+    command.add_argument("--keep", metavar="RULE", help="best-worst (default), all, or margin=X: of scores")
+    command.add_argument("--constitution", metavar="FILE", help="ten (shipped) or a file: revise, in place of judging")
+    _judge_options(command)
+    about = "replies sampled together; default: monitor.kl.batch_size"
+    command.add_argument("--batch-size", type=_count, metavar="N", help=about)
+    command.add_argument("--seed", type=int, default=0, help="of the draw of prompts and of the replies; default 0")
+
+
+def _rounds(commands) -> None:
+    examples = ["tiny", "tiny rounds.count=2 rounds.reference=sft", "mistral rounds.judge=llm:gpt-4o-mini"]
+    about = "iterative DPO: sample, judge, train, evaluate, again; recipe section rounds"
+    command = _command(commands, "rounds", about, examples)
+    command.add_argument("--run", metavar="NAME", help="in place of `rounds` in the runs' names, rounds-1 and so on")
+    command.add_argument("--force", action="store_true", help="train again; the older runs are kept aside")
+    command.add_argument("--url", metavar="URL", help="of an llm judge: an OpenAI-compatible endpoint, up to its /v1")
+    command.add_argument("--max-requests", type=_count, metavar="N", help="to an llm judge, in this call")
+
+
+def _judge_options(command) -> None:
+    command.add_argument("--judge", metavar="JUDGE", help="rule (the toy's), reward:NAME, votes:FILE or llm:MODEL")
+    command.add_argument("--url", metavar="URL", help="of an llm judge: an OpenAI-compatible endpoint, up to its /v1")
+    command.add_argument("--max-requests", type=_count, metavar="N", help="to an llm judge, in this call")
 
 
 def _chat(commands) -> None:

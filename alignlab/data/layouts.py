@@ -652,7 +652,7 @@ class Reader:
 
     def unread(self, row: Fields) -> set[str]:
         """The columns, and the keys of messages, that hold something and are not looked at."""
-        read = {*self.columns.values(), SPLIT}
+        read = {*self.columns.values(), SPLIT, *(OURS if "meta" in row else ())}
         names = {name for name in row if name not in read and row[name] not in EMPTY}
         for column in self.columns.values():
             names.update(unread_keys(row.get(column)))
@@ -660,6 +660,7 @@ class Reader:
 
 
 SPLIT = "split"  # a column that `alignlab.data.splits` reads
+OURS = ("meta", "score_chosen", "score_rejected")  # columns of `alignlab pairs` that say how a pair came about
 EMPTY = (None, "", [], {})
 
 

@@ -51,6 +51,7 @@ class Prompt:
     transcript: str  # HH turns up to the last `Assistant:`
     ids: tuple[int, ...]
     label: str | None = None
+    text: str = ""  # the same as the model sees it, where that is needed
 
 
 @dataclass(frozen=True)
@@ -202,25 +203,31 @@ def _prompt(form: Format, dialogue: Dialogue, label: str | None, most_tokens: in
     ids = form.encode([prompt])[0]
     if len(ids) > most_tokens:
         raise DataError("longer than the model takes")
-    return Prompt(as_transcript(form, prompt), tuple(ids), label)
+    return Prompt(as_transcript(form, prompt), tuple(ids), label, prompt)
 
 
 def as_transcript(form: Format, prompt: str) -> str:
-    """A prompt that a model sees, as the HH transcript that judges read; as it stands where that cannot be told.
+    """A prompt that a model sees, as the HH transcript that judges read; as it stands where that cannot be told."""
+    dialogue = None if form.name == "hh" else dialogue_in(form, prompt)
+    if dialogue is None:
+        return prompt
+    first, *others = dialogue.turns
+    text = f" {dialogue.system}\n\n{first.text.strip()}" if dialogue.system else first.text
+    return join_turns([Turn("Human", text), *others]) + ASSISTANT
+
+
+def dialogue_in(form: Format, prompt: str) -> Dialogue | None:
+    """The dialogue that a prompt was written from, in any way but `hh`; none where that cannot be told.
 
     What a way of writing puts around the turns is read off a dialogue of marks, and the turns found between are
     written again: only where that gives the same prompt are they believed.
     """
-    if form.name == "hh":
-        return prompt
     for system in (None, MARK.format("s")):
         with contextlib.suppress(AlignlabError, ValueError):
             dialogue = _between(prompt, *_around(form, system), has_system=bool(system))
             if form.prompt(dialogue) == prompt:
-                first, *others = dialogue.turns
-                text = f" {dialogue.system}\n\n{first.text.strip()}" if dialogue.system else first.text
-                return join_turns([Turn("Human", text), *others]) + ASSISTANT
-    return prompt
+                return dialogue
+    return None
 
 
 def _around(form: Format, system: str | None) -> tuple[str, list[str]]:

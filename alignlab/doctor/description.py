@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +35,7 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
         "path": section.path,
         "subset": section.subset,
         "format": section.format,
+        "made_by": [said for name in prepared.files if (said := _maker_of(Path(name)))],
         "rows_read": prepared.rows,
         "parts": [dict(part) for part in prepared.parts],
         "kept": sum(prepared.kept.values()),
@@ -48,6 +51,18 @@ def describe(prepared: Prepared, section: DataSection, tokenizer: PreTrainedToke
         "fingerprint": prepared.fingerprint,
         "examples": _examples(prepared, tokenizer),
     }
+
+
+def _maker_of(file: Path) -> str:
+    """What `alignlab pairs` says in the first row of its files: whose replies, judged by whom; else nothing."""
+    if file.suffix != ".jsonl" or not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        try:
+            meta = json.loads(next(lines, ""))["meta"]
+            return f"{file}: replies of {meta['run']} (weights {meta['weights'][:8]}), judge: {meta['judge']}"
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return ""
 
 
 def _percentiles(counts: np.ndarray) -> dict[str, float]:

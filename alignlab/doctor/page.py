@@ -24,6 +24,7 @@ def render(examination: Mapping[str, Any]) -> str:
     where = " ".join(filter(None, (*paths, examination["subset"])))
     lines = [
         f"{examination['layout']}  {where}  as {examination['format']}",
+        *(harmless(f"made by alignlab pairs: {said}") for said in examination.get("made_by", ())),
         f"rows read       {examination['rows_read']:>9,}",
         f"pairs kept      {examination['kept']:>9,}   "
         + ", ".join(f"{split} {examination['splits'][split]:,}" for split in SPLITS),

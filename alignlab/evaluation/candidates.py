@@ -142,6 +142,9 @@ def _parent(run: Run) -> Path | None:
 def _reference(run: Run, recipe: Recipe, start: models.Start, hashes: dict[str, Any]) -> Candidate:
     if recipe.model.reference == "base":
         return _candidate("base", recipe, recipe.model.name, None, run, hashes)
+    if folder := recipe.model.reference_folder:
+        weights, adapter = (start.weights, folder) if start.adapter else (folder, None)
+        return _candidate("reference", recipe, weights, adapter, run, hashes)
     return _candidate("sft", recipe, start.weights, start.adapter, run, hashes)
 
 

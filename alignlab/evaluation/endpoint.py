@@ -71,13 +71,16 @@ class EndpointJudge:
     def __call__(self, contests: Sequence[Contest]) -> list[Verdict]:
         asked = [[(order, *self._question(contest, order)) for order in ORDERS] for contest in contests]
         questions = {key: text for orders in asked for _, key, text in orders}
-        wanted = {key: text for key, text in questions.items() if key not in self.cache.values}
-        if wanted and self.max_requests != 0:
-            self._check_endpoint()
-            self._ask_all(wanted)
+        wanted = self._ask_what_is_new(questions)
         verdicts = [combine_orders([self._judgement(order, key) for order, key, _ in orders]) for orders in asked]
         self._say(questions, wanted, verdicts)
         return verdicts
+
+    def answer(self, texts: Sequence[str]) -> list[str | None]:
+        """What the model writes to each text; none where the question failed, or the budget was spent before it."""
+        questions = {self._key(text): text for text in texts}
+        self._ask_what_is_new(questions)
+        return [self.cache.values.get(self._key(text)) for text in texts]
 
     def announce(self, contests: Sequence[Contest]) -> None:
         """Says before anything is sent how much will be, of all that is to be judged."""
@@ -115,7 +118,10 @@ class EndpointJudge:
         material = {"conversation": conversation, "first": first.strip(), "second": second.strip()}
         fence = hashlib.sha256(json.dumps(material).encode()).hexdigest()[:16]
         text = self.prompt.substitute(material, fence=fence)
-        return digest({"model": self.model, "text": text}), text
+        return self._key(text), text
+
+    def _key(self, text: str) -> str:
+        return digest({"model": self.model, "text": text})
 
     def _judgement(self, order: str, key: str) -> Judgement:
         if key not in self.cache.values:
@@ -128,6 +134,14 @@ class EndpointJudge:
         return Judgement(order, names[preference], {order[0]: first, order[1]: second}, answer)
 
     # Requests
+
+    def _ask_what_is_new(self, questions: Mapping[str, str]) -> dict[str, str]:
+        """Asks what is not in the cache, and returns it."""
+        wanted = {key: text for key, text in questions.items() if key not in self.cache.values}
+        if wanted and self.max_requests != 0:
+            self._check_endpoint()
+            self._ask_all(wanted)
+        return wanted
 
     def _ask_all(self, questions: Mapping[str, str]) -> None:
         """Asks until all are answered, the budget is spent or the endpoint is given up; every answer is kept."""

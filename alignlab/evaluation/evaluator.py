@@ -36,7 +36,7 @@ from alignlab.evaluation.candidates import (
 from alignlab.evaluation.contests import Matches
 from alignlab.evaluation.estimates import cluster_sums, perplexity_values, ratio_values, table_row
 from alignlab.evaluation.harm import HarmClassifier
-from alignlab.evaluation.judge import KINDS, read_judge
+from alignlab.evaluation.judge import KINDS, Judge, read_judge
 from alignlab.evaluation.outputs import find_replies
 from alignlab.evaluation.safety import safety_rows
 from alignlab.evaluation.stereotypes import prefers_stereotype, read_sentence_pairs, stereotype_rows
@@ -105,11 +105,17 @@ def evaluate(runs: Sequence[Run], options: Options) -> Path:
     """Evaluates the runs' models side by side and returns the file that says what came out, see `evaluation.keep`."""
     _check(options)
     check_writable(folder_of(runs))
-    evaluator = Evaluator(choose_models(runs, dict(options.models)), options)
+    return evaluate_and_keep(
+        Evaluator(choose_models(runs, dict(options.models)), options), folder_of(runs), options.asked
+    )
+
+
+def evaluate_and_keep(evaluator: Evaluator, folder: Path, asked: Any) -> Path:
+    """Measures, and writes what came out into a folder, see `evaluation.keep`; `asked` tells it from others there."""
     began = time.monotonic()
     found = evaluator.measure()
     found = replace(found, seconds=round(time.monotonic() - began, 1))
-    return keep(folder_of(runs), options.asked, found, evaluator.reply_lines, evaluator.verdict_lines)
+    return keep(folder, asked, found, evaluator.reply_lines, evaluator.verdict_lines)
 
 
 def _check(options: Options) -> None:
@@ -133,7 +139,9 @@ class JudgedReplies:
 class Evaluator:
     """One evaluation: the models, the prompts they share, and what was found."""
 
-    def __init__(self, chosen: ModelSet, options: Options):
+    def __init__(self, chosen: ModelSet, options: Options, judge: Judge | None = None):
+        """`judge` judges in place of the one that the options name, whose name stands for it."""
+        self.own_judge = judge
         self.candidates, self.ours, self.against = chosen.candidates, chosen.ours, chosen.against
         self.options, self.recipe = options, chosen.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
@@ -266,6 +274,9 @@ class Evaluator:
 
     def _judge(self) -> tuple[str, str] | None:
         said = self.options.judge
+        if said and self.own_judge:
+            kind, _, name = said.partition(":")
+            return kind, name
         if said is None and self.recipe.data.source == "toy":
             said = "rule"
         return read_judge(said)
@@ -400,10 +411,12 @@ class Evaluator:
         texts = {each.name: [prompt.transcript for prompt in each.prompts] for each in sets}
         everything = [text for its in texts.values() for text in its]
         limits = {"max_requests": self.options.max_requests, "max_answer_tokens": self.options.judge_tokens}
-        seat = contests.seat_judge(self.judge, everything, names, self.options.url, **limits)
+        seat = lambda a, b: self.own_judge
+        if self.own_judge is None:
+            seat = contests.seat_judge(self.judge, everything, names, self.options.url, **limits)
         two = contests.every_two(names, self.ours.name, self.against.name)
         pairs = [(of, a, b) for a, b in two for of in texts if {a, b} <= replies[of].keys()]
-        if self.judge[0] == "llm":
+        if self.judge[0] == "llm" and self.own_judge is None:
             asked = [contests.pair_replies(texts[of], replies[of], a, b) for of, a, b in pairs]
             seat(*two[0]).announce([contest for its in asked for contest in its])
         matches: dict[str, list[Matches]] = {each.name: [] for each in sets}

@@ -258,6 +258,12 @@ def find_start(section: ModelSection, sft_model: Path | None) -> Start:
     weights, adapter = (section.name, name) if is_adapter else (name, None)
     if adapter:
         _refuse_other_base(section, adapter)
+    if (other := section.reference_folder) and adapter:
+        _refuse_other_base(section, other)
+    if other and _is_adapter(other, section) != is_adapter:
+        raise ModelError(
+            f"model.reference_folder {other} and {name}: one is an adapter and one a model; give two alike"
+        )
     return Start(weights, adapter, _reference_sentence(section, adapter, name, what))
 
 
@@ -278,7 +284,8 @@ def load_policy(section: ModelSection, start: Start) -> tuple[PreTrainedModel | 
         return policy, None
     if section.lora is not None:
         return add_adapter(policy, section), None
-    return policy, load_weights(section, section.name if section.reference == "base" else start.weights)
+    other = section.name if section.reference == "base" else section.reference_folder or start.weights
+    return policy, load_weights(section, other)
 
 
 def _refuse_unfaithful(own: PeftConfig, section: ModelSection, adapter: str) -> None:
@@ -303,7 +310,8 @@ def _say_what_the_adapter_decides(own: PeftConfig, section: ModelSection, adapte
 def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None = None) -> None:
     """Gives policy and reference the weights of `adapter` bit for bit, in float32; no copy where the base is wanted.
 
-    Their settings are put in order, so that equal runs write equal files.
+    The reference has those of `model.reference_folder` where a recipe names it. The
+    settings of both are put in order, so that equal runs write equal files.
 
     A bfloat16 adapter, to which DPOTrainer casts those on 4-bit weights, is not moved by DPO's small learning rates.
     Its copy for the reference leaves out adapters of embeddings and trained tokens (TRL 1.16).
@@ -318,7 +326,8 @@ def settle_adapters(model: PeftModel, section: ModelSection, adapter: str | None
         if not {"default", "ref"}.isdisjoint(name.split(".")):
             weight.data = weight.data.float()
     for name in model.peft_config if adapter else ():
-        model.load_adapter(str(adapter), name, is_trainable=name == "default")
+        source = section.reference_folder if name == "ref" and section.reference_folder else adapter
+        model.load_adapter(str(source), name, is_trainable=name == "default")
 
 
 def load_adapters(model: PeftModel, checkpoint: Path) -> None:
@@ -362,6 +371,8 @@ def _reference_sentence(section: ModelSection, adapter: str | None, name: str, w
                 f"point model.start at an adapter, or leave model.reference out"
             )
         return f"the base model {section.name}, without {what}"
+    if section.reference_folder:
+        return f"the {'adapter' if adapter else 'model'} in {section.reference_folder}; DPO starts from {name}"
     if adapter:
         return f"a frozen copy of the adapter of {what} ({name})"
     return f"{what} ({name}), " + (

@@ -82,6 +82,7 @@ class ModelSection:
     lora: Mapping[str, Any] | None = None  # keyword arguments of peft.LoraConfig; none is full fine-tuning
     start: str | None = None  # hub id or path of an SFT model or adapter, instead of the recipe's own SFT run
     reference: Literal["sft", "base"] = "sft"
+    reference_folder: str | None = None  # of the model or adapter that is the reference, where DPO starts from another
     chat_template: str | None = None  # Jinja text; a recipe may name a .jinja file beside it, whose text is taken in
     chat_template_kwargs: Mapping[str, Any] | None = None  # values for its variables, such as enable_thinking: false
     attn_implementation: str | None = None  # none: what transformers takes for this model
@@ -113,6 +114,19 @@ class SweepSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoundsSection:
+    """Iterative DPO (`alignlab rounds`); as in arXiv 2401.10020, three rounds of four replies to a prompt."""
+
+    count: int = 3  # rounds
+    samples: int = 4  # replies to each prompt, of which the best and the worst become a pair
+    judge: str = "rule"  # rule (the toy's), reward:NAME or llm:MODEL: of the replies, and of each round
+    reference: Literal["previous", "sft"] = "previous"  # what DPO is held to: the round before, or the SFT run
+    prompts: int = 500  # drawn anew for each round from those that the recipe trains on
+    mix_original: float = 0.0  # share of a round's pairs that are the recipe's own training pairs
+    seed: int = 0  # of the draws of prompts and replies
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetsSection:
     """What a run is to reach on the test split: met, missed, or not decidable. None asks nothing."""
 
@@ -140,6 +154,7 @@ class Recipe:
     monitor: MonitorSection
     sweep: SweepSection
     evaluate: EvaluateSection
+    rounds: RoundsSection
     sources: Mapping[str, str]  # "dpo.beta" -> "recipes/mistral.yaml:9" or "command line: 'dpo.beta=0.3'"
     kto: Mapping[str, Any] = field(default_factory=dict)  # of trl.KTOConfig
     orpo: Mapping[str, Any] = field(default_factory=dict)  # of trl.experimental.orpo.ORPOConfig
@@ -152,6 +167,7 @@ SECTIONS = {
     "monitor": MonitorSection,
     "sweep": SweepSection,
     "evaluate": EvaluateSection,
+    "rounds": RoundsSection,
 }
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
@@ -184,6 +200,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         monitor=_build(MonitorSection, ("monitor",), values),
         sweep=_build(SweepSection, ("sweep",), values),
         evaluate=_build(EvaluateSection, ("evaluate",), values),
+        rounds=_build(RoundsSection, ("rounds",), values),
         **{stage: _under((stage,), values) for stage in STAGES},
         sources={".".join(key): where for key, where in sources.items()},
         overrides=tuple(
@@ -383,7 +400,7 @@ def consumed(recipe: Recipe, stage: str) -> dict[str, Any]:
     if stage != "sft":
         del data["sft"]
     if not STAGES[stage].from_sft:
-        del model["start"], model["reference"]
+        del model["start"], model["reference"], model["reference_folder"]
     if stage != "dpo":
         del model["prefix_sharing"]
     logging = ("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node")
@@ -474,7 +491,7 @@ def write_yaml(recipe: Recipe) -> str:
 def sections_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings as plain dicts, in the order in which a recipe is written."""
     plain = asdict(recipe)
-    names = ("about", "data", "model", *stages_of(recipe), "monitor", "sweep", "evaluate")
+    names = ("about", "data", "model", *stages_of(recipe), "monitor", "sweep", "evaluate", "rounds")
     return {name: plain[name] for name in names}
 
 

@@ -140,6 +140,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("monitor.max_kl", "sweep.max_kl"), _POSITIVE),
     **dict.fromkeys(("evaluate.targets.kl", "evaluate.targets.perplexity"), _POSITIVE),
     **dict.fromkeys(("evaluate.targets.win_rate", "evaluate.targets.accuracy"), _SHARE),
+    **dict.fromkeys(("rounds.count", "rounds.prompts"), _COUNT),
+    "rounds.samples": (lambda v: v >= 2, "2 or more: a pair is of two replies"),
+    "rounds.mix_original": _SHARE,
+    "rounds.seed": _NOT_NEGATIVE,
     "monitor.max_accuracy": (lambda v: 0 < v <= 1, "a share: above 0, at most 1"),
     **dict.fromkeys(("beta", "num_train_epochs", "eval_steps", "logging_steps"), _POSITIVE),
     "learning_rate": (lambda v: 0 < v <= 1, "a value above 0 and at most 1, such as 5e-6"),
@@ -192,6 +196,12 @@ def _weights_conflict(load_in_4bit: bool, dtype: str, lora: Any) -> str | None:
         return "model.load_in_4bit is true, but 4-bit weights cannot be trained; write model.lora: {r: 16}"
     if dtype == "float16":
         return "model.dtype is float16, in which whole models do not train; write float32, bfloat16 or a model.lora"
+    return None
+
+
+def _reference_conflict(reference: str, folder: str | None) -> str | None:
+    if reference == "base" and folder:
+        return f"model.reference is base, and model.reference_folder is {folder}; leave one of them out"
     return None
 
 
@@ -252,6 +262,7 @@ TOGETHER: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.sft.source", "data.sft.path"), _sft_source_conflict),
     (("data.validation_share", "data.test_share"), _share_conflict),
     (("model.load_in_4bit", "model.dtype", "model.lora"), _weights_conflict),
+    (("model.reference", "model.reference_folder"), _reference_conflict),
     (("model.lora.target_modules",), _head_conflict),
     (("model.lora.modules_to_save", "model.dtype"), whole_modules_conflict),
     *((((f"{s}.max_length", "data.max_prompt_tokens", "data.max_reply_tokens")), _length_conflict(s)) for s in STAGES),

@@ -65,8 +65,9 @@ def identify_reference(
     the last digits of float32.
     """
     bare = section.reference == "base"
-    name = section.name if bare else start.weights
-    adapter = None if bare or not start.adapter else _local_adapter(start.adapter)
+    other = section.reference_folder
+    name = section.name if bare else start.weights if start.adapter else other or start.weights
+    adapter = None if bare or not start.adapter else _local_adapter(other or start.adapter)
     weights = known if known and known["name"] == name else models.identify(section, name)
     facts = {
         "format": FORMAT,

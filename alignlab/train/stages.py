@@ -125,6 +125,8 @@ def _train_preferences(recipe: Recipe, stage: str, root: Path, name: str | None,
         made_from = _made_from(recipe, tokenizer, pairs, base)
         if parent:
             made_from["start weights"] = parent.weights or parent.start
+        if folder := section.reference_folder:
+            made_from["reference weights"] = models.weights_hash(Path(folder))
         if _is_made(run, made_from):
             return run
         _note_data(run, pairs)
@@ -508,7 +510,7 @@ def _check_start(trainer: Any, stage: str, section: ModelSection, pairs: Prepare
             callbacks.check_probe("reference", reference, "SFT run", tuned, base, exact)
         elif base:
             callbacks.check_probe("reference", reference, "base model", base, tuned, exact)
-    if STAGES[stage].from_sft and section.reference == "base":
+    if STAGES[stage].from_sft and (section.reference == "base" or section.reference_folder):
         return
     callbacks.check_probe("reference", reference, "policy", policy, None, exact)
     few = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))

@@ -22,6 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=40, help="stop after so many; the next call goes on")
     parser.add_argument("--seeds", type=int, default=100, help="of kills: at most so many of each chain")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KIND", help="of kills: only these, such as rounds")
     parser.add_argument("--wanted", type=int, default=300, help="kills or launches; of fuzz, thousands of inputs")
     args = parser.parse_args()
     workplace.prepare_environment()
@@ -52,7 +53,7 @@ def _run(args: argparse.Namespace, template: Path, root: Path, results: Path) ->
     import twice
 
     if args.campaign == "kills":
-        kills.campaign(template, root, results, range(args.seeds), args.minutes, args.wanted)
+        kills.campaign(template, root, results, range(args.seeds), args.minutes, args.wanted, args.only)
     elif args.campaign == "damage":
         damage.campaign(template, root, results, args.minutes)
     elif args.campaign == "disks":

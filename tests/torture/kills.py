@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import workplace
+from asked import JUDGE, CountingJudge, answers_on_disk
 from workplace import append, copied, differences, outcome, parts, random_death, run_command
 
 MOST_KILLS = 4  # of one chain
@@ -36,6 +38,9 @@ def kinds() -> Iterator[Kind]:
     yield Kind("eval", ("eval", "steps", "--replies", "8", "--max-new-tokens", "8"), made)
     yield Kind("export", ("export", "steps", "--to", "out", "--rows", "4"), made)
     yield Kind("data", ("data", "steps"), ())
+    made = (("sft", "rounds"),)
+    yield Kind("pairs", ("pairs", "rounds", "--judge", f"llm:{JUDGE}"), made)
+    yield Kind("rounds", ("rounds", "rounds"), made, "runs/rounds/rounds-1")
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,24 @@ def _is_marker(line: str) -> bool:
     return line.startswith("os.rename") and line.endswith("COMPLETE.json")
 
 
-def campaign(template: Path, root: Path, results: Path, seeds: Sequence[int], minutes: float, wanted: int) -> None:
+def campaign(
+    template: Path,
+    root: Path,
+    results: Path,
+    seeds: Sequence[int],
+    minutes: float,
+    wanted: int,
+    only: Sequence[str] = (),
+) -> None:
     """Chains of kills, kind after kind, seed after seed, until there are as many kills as wanted, or time is up."""
+    judge = CountingJudge(root)
+    try:
+        _campaign(template, root, results, seeds, minutes, wanted, only, judge)
+    finally:
+        judge.stop()
+
+
+def _campaign(template, root, results, seeds, minutes, wanted, only, judge: CountingJudge) -> None:
     began = time.monotonic()
     done = parts(results, lambda row: (row["chain"], row["seed"]))
     kills = sum(1 for _ in results.read_text().splitlines()) if results.is_file() else 0
@@ -80,11 +101,11 @@ def campaign(template: Path, root: Path, results: Path, seeds: Sequence[int], mi
         for kind in kinds():
             if kills >= wanted or time.monotonic() - began > 60 * minutes:
                 return
-            if (kind.name, seed) in done:
+            if (kind.name, seed) in done or (only and kind.name not in only):
                 continue
             if kind.name not in sound:
                 sound[kind.name] = never_killed(kind, template, root)
-            rows = chain(kind, sound[kind.name], root / "chain", seed)
+            rows = chain(kind, sound[kind.name], root / "chain", seed, judge)
             for row in rows:
                 append(results, row)
             kills += len(rows)
@@ -96,21 +117,24 @@ def campaign(template: Path, root: Path, results: Path, seeds: Sequence[int], mi
                 print(f"  {bad[-1]['differences'] or bad[-1]['said']}", flush=True)
 
 
-def chain(kind: Kind, sound: Sound, folder: Path, seed: int) -> list[dict]:
+def chain(kind: Kind, sound: Sound, folder: Path, seed: int, judge: CountingJudge) -> list[dict]:
     """One line for each kill of one chain: seed, where, and whether what came out is what came out without."""
     draw = random.Random(f"{kind.name}/{seed}")
     copied(sound.start, folder)
     deaths: list[dict] = []
+    asked_again: list[str] = []  # though the answer was on the disk
     for _ in range(draw.randint(1, MOST_KILLS)):
         behind = bool(sound.last and (folder / sound.last).exists())
         death = random_death(draw, sound.window if behind else sound.changes, sound.window, sound.seconds)
-        ending = run_command(folder, kind.command, death, sound.last)
+        with watching(folder, judge, asked_again):
+            ending = run_command(folder, kind.command, death, sound.last)
         if not ending.killed:
             break
         behind = bool(sound.last and (folder / sound.last).exists())
         at = ending.changes[-1] if ending.changes else "before any change"
         deaths.append({"kill": str(death), "behind_the_last_checkpoint": behind, "last_change": at})
-    ending = run_command(folder, kind.command)
+    with watching(folder, judge, asked_again):
+        ending = run_command(folder, kind.command)
     found = outcome(folder)
     wrong = differences(sound.outcome, found) if ending.code == 0 else []
     left = left_behind(folder)
@@ -118,7 +142,8 @@ def chain(kind: Kind, sound: Sound, folder: Path, seed: int) -> list[dict]:
         "chain": kind.name,
         "seed": seed,
         "code": ending.code,
-        "same": ending.code == 0 and not wrong and not left,
+        "same": ending.code == 0 and not wrong and not left and not asked_again,
+        "asked_again": len(asked_again),
         "differences": wrong[:10],
         "left_behind": left,
         "said": "" if ending.code == 0 else ending.said[-1500:],
@@ -126,6 +151,14 @@ def chain(kind: Kind, sound: Sound, folder: Path, seed: int) -> list[dict]:
     }
     shutil.rmtree(folder, ignore_errors=True)
     return [{**facts, **death} for death in deaths] or [{**facts, "kill": "never", "behind_the_last_checkpoint": False}]
+
+
+@contextlib.contextmanager
+def watching(folder: Path, judge: CountingJudge, asked_again: list[str]) -> Iterator[None]:
+    """Notes the requests of a command whose answers were on the disk before it."""
+    stored, before = answers_on_disk(folder), len(judge.requests())
+    yield
+    asked_again += [key for key in judge.requests()[before:] if key in stored]
 
 
 def left_behind(folder: Path) -> list[str]:

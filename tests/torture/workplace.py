@@ -40,6 +40,16 @@ RECIPES = {
         "monitor": "max_kl: 1.0, action: stop, patience: 9",
     },
 }
+# a model that learns to end its replies, so that there is something to judge
+ROUNDS = """
+about: rounds of seconds
+data: {{source: toy, max_prompt_tokens: 80, max_reply_tokens: 48, toy: {{pairs: 96}}}}
+model: {{name: {model}, dtype: float32}}
+sft: {{max_steps: 12, learning_rate: 1.0e-2, logging_steps: 6, eval_steps: 6, lr_scheduler_type: constant}}
+dpo: {{max_steps: 4, learning_rate: 1.0e-3, logging_steps: 2, eval_steps: 2, lr_scheduler_type: constant}}
+monitor: {{kl: {{prompts: 4, max_new_tokens: 8}}, max_kl: null, patience: 9}}
+rounds: {{count: 2, samples: 3, prompts: 24, judge: "llm:longer"}}
+"""
 ENVIRONMENT = {
     "WANDB_MODE": "disabled",
     "OMP_NUM_THREADS": "1",
@@ -97,6 +107,7 @@ def import_everything() -> None:
     import alignlab.evaluation.evaluator  # noqa: F401
     import alignlab.exports.export  # noqa: F401
     import alignlab.reports.page  # noqa: F401
+    import alignlab.rounds.rounds  # noqa: F401
     import alignlab.sweeps.runner  # noqa: F401
     import alignlab.train.stages  # noqa: F401
 
@@ -119,6 +130,7 @@ def make_template(folder: Path) -> Path:
     for name, settings in RECIPES.items():
         text = RECIPE.format(model=folder / "model", **settings)
         (folder / "recipes" / f"{name}.yaml").write_text(text)
+    (folder / "recipes" / "rounds.yaml").write_text(ROUNDS.format(model=folder / "model"))
     return folder
 
 
@@ -227,8 +239,12 @@ def outcome(folder: Path) -> dict[str, str]:
         facts = json.loads(manifest.read_text())
         for fact in ("status", "stop_reason", "best_step", "steps", "test", "probe", "warnings", "data", "parent"):
             found[f"{name}/{fact}"] = _hash(facts.get(fact))
-    for file in sorted([*folder.glob("runs/**/eval.json"), *folder.glob("runs/*/sweep.json")]):
+    for file in sorted(
+        [*folder.glob("runs/**/eval.json"), *folder.glob("runs/*/sweep.json"), *folder.glob("runs/*/rounds.json")]
+    ):
         found[str(file.relative_to(folder / "runs"))] = _hash(_timeless(json.loads(file.read_text())))
+    for file in sorted([*folder.glob("pairs.jsonl"), *folder.glob("runs/*/pairs/*.jsonl")]):
+        found[str(file.relative_to(folder))] = _hash(file.read_bytes())
     for file in sorted(folder.glob("out/*.safetensors")):
         found[f"out/{file.name}"] = _hash(file.read_bytes())
     return found

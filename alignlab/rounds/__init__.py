@@ -1,0 +1,1 @@
+"""Preferences made by models: pairs from a run's own replies, replies revised by a constitution, round after round."""
