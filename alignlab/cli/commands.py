@@ -170,6 +170,7 @@ def _eval(args: argparse.Namespace) -> None:
     options = Options(**paths, **given, harmful_labels=args.harmful_label, tasks_folder=folder, targets=targets)
     file = evaluate(runs, options)
     found = read_evaluation(file)
+    assert found, "it has just been written"
     _print(show(found, file))
     if args.table:
         write_table(Path(args.table), found.table, found.names)

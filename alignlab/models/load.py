@@ -445,8 +445,10 @@ def refuse_pickles(folder: Path, names: Sequence[str], remedy: str) -> None:
 
 
 def _why_refused(error: Exception) -> str:
-    refused = isinstance(error, UnpicklingError) and error.__context__
-    return f"torch refuses it ({_first_line(error.__context__)})" if refused else f"damaged ({_first_line(error)})"
+    cause = error.__context__
+    if isinstance(error, UnpicklingError) and isinstance(cause, Exception):
+        return f"torch refuses it ({_first_line(cause)})"
+    return f"damaged ({_first_line(error)})"
 
 
 @contextlib.contextmanager

@@ -254,8 +254,8 @@ class PrefixSharing:
         """Whether both ways gave the same; if not, this raises or, where told to, switches itself off."""
         distance_N = (log_probs_ST.detach() - expected_ST).abs().float()[plan.scored_ST.to(expected_ST.device)]
         exact = self._exact
-        difference, limit = (distance_N.max(), MAX_DIFFERENCE) if exact else (distance_N.mean(), MEAN_DIFFERENCE)
-        difference = self.differences[check] = difference.item()
+        most, limit = (distance_N.max(), MAX_DIFFERENCE) if exact else (distance_N.mean(), MEAN_DIFFERENCE)
+        difference = self.differences[check] = most.item()
         if difference <= limit:  # a NaN is not
             return True
         message = (

@@ -79,7 +79,9 @@ class Comparison:
 def only_by_length(found: Comparison) -> bool:
     """Whether a model wins beyond chance, but not at equal length: the judge may be counting words."""
     fair = found.length_controlled
-    return bool(fair and found.win_rate.low > 0.5 >= fair.low)
+    if fair is None or fair.low is None or found.win_rate.low is None:
+        return False
+    return found.win_rate.low > 0.5 >= fair.low
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,9 @@ class RunFacts:
 
     @property
     def ended_early(self) -> bool:
-        known = self.planned_steps is not None and self.steps is not None
-        return self.status != "running" and known and self.steps < self.planned_steps
+        if self.status == "running" or self.planned_steps is None or self.steps is None:
+            return False
+        return self.steps < self.planned_steps
 
     @property
     def kept_its_start(self) -> bool:
@@ -267,7 +268,7 @@ def _win_rate(manifest: Manifest, found: Evaluation | None) -> tuple[Estimate | 
     if manifest.stage == "orpo":
         start = "the base model"
     judged = found.over(manifest.stage, found.against) if found and manifest.stage != "sft" else None
-    if judged:
+    if found and judged:
         return judged, _judge_in_words(found.judge), "the base model" if found.against == "base" else start
     versus = "the base model" if model.get("reference") == "base" else start
     if manifest.test and manifest.test.win_rate:

@@ -44,7 +44,7 @@ def _without_seeds(settings: Mapping[str, Any]) -> Hashable:
 
 def _over_seeds(members: Sequence[SweepMember]) -> SweepMember:
     done = [member for member in members if member.margin]
-    figures = {name: over_seeds([getattr(member, name) for member in done]) for name in FIGURES}
+    figures: dict[str, Any] = {name: over_seeds([getattr(member, name) for member in done]) for name in FIGURES}
     changes = [member.perplexity_change for member in done if member.perplexity_change is not None]
     own = {key: value for key, value in members[0].settings.items() if not key.endswith("seed")}
     return replace(
@@ -66,7 +66,7 @@ def over_seeds(estimates: Sequence[Estimate | WinRate | None]) -> Estimate | Win
     if not all(isinstance(each, WinRate) for each in known):
         return mean
     counts = {name: [getattr(each, name) for each in known] for name in ("wins", "ties", "losses")}
-    totals = {name: None if None in its else sum(its) for name, its in counts.items()}
+    totals: dict[str, Any] = {name: None if None in its else sum(its) for name, its in counts.items()}
     return WinRate(**vars(mean), **totals)
 
 
