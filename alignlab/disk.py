@@ -414,7 +414,8 @@ def _explain(error: BaseException) -> str | None:
         return f"the name {path.name[:40]}… is too long for this disk; choose a shorter one"
     if number in IN_THE_WAY:
         file = next((each for each in (path, *path.parents) if each.is_file()), path)
-        return f"{file} is in the way ({os.strerror(number)}): {path} cannot be written; move it, or name another folder"
+        why = os.strerror(number)
+        return f"{file} is in the way ({why}): {path} cannot be written; move it, or name another folder"
     if number in CLOSED:
         return f"{path} cannot be opened or written ({os.strerror(number)}); {_remedy(path)}"
     return None
