@@ -146,6 +146,7 @@ class Evaluator:
         self.options, self.recipe = options, chosen.ours.recipe
         self.warnings = refuse_what_cannot_be_compared(self.candidates)
         self.elsewhere = {name: Path(file) for name, file in options.outputs}
+        self.outputs: Mapping[str, Mapping[str, Sequence[Reply]]] = {}  # what these say, by set of prompts
         self.warnings += [f"{name} is no run: what is held out here may have trained it" for name in self._others()]
         self.tokenizer, pairs = prepare_data(self.recipe, self.ours.run.manifest.stage)
         self.form = Format(self.recipe.data.format, self.tokenizer)
@@ -347,7 +348,7 @@ class Evaluator:
         drawn = {
             c.name: self.answers.replies(c, ids, self.decoding, f"replies, {prompts.name}") for c in self.candidates
         }
-        return self.outputs[prompts.name] | drawn
+        return self.outputs.get(prompts.name, {}) | drawn
 
     def _kl(self) -> list[Row]:
         """KL on samples at temperature 1, whatever the other figures' replies are."""
