@@ -284,17 +284,23 @@ def make_pairs(
 ) -> Result:
     """Preference pairs from a run's own replies (by default the SFT run's), written to a file that `data.path` reads.
 
-    The judge is as in `alignlab pairs`, or a function from contests to verdicts. Options are those of that command,
-    such as `samples=4`, `keep="all"` or `limit=100`.
+    The judge is as in `alignlab pairs` (of `votes:FILE` the pairs are those that people have seen), or a function from
+    contests to verdicts. Options are those of that command, such as `samples=4`, `keep="all"` or `limit=100`.
     """
+    from alignlab.people.votes import read_votes
     from alignlab.rounds import pairs
     from alignlab.rounds.constitution import make_revisions
+    from alignlab.rounds.votes import pairs_of_votes
 
     ask = pairs.Ask(judge=judge, **options)
     pairs.check_out(Path(out))
-    of = train_sft(recipe) if run is None else run
-    source = next(_opened([of]))
-    made = make_revisions(recipe, source, ask, constitution) if constitution else pairs.make_pairs(recipe, source, ask)
+    source = next(_opened([train_sft(recipe) if run is None else run]))
+    if constitution:
+        made = make_revisions(recipe, source, ask, constitution)
+    elif isinstance(judge, str) and judge.startswith("votes:"):
+        made = pairs_of_votes(recipe, source, read_votes(Path(judge.removeprefix("votes:"))), judge)
+    else:
+        made = pairs.make_pairs(recipe, source, ask)
     pairs.write_pairs(Path(out), made.rows)
     return Result(str(made), made, Path(out))
 

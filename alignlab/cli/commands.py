@@ -221,30 +221,18 @@ def _export(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
+    from alignlab import make_pairs
     from alignlab.recipe.load import run_name
-    from alignlab.rounds.pairs import Ask, check_out, make_pairs, next_command, write_pairs
+    from alignlab.rounds.pairs import next_command
     from alignlab.runs.run import find_run
 
-    out = Path(args.out)
-    check_out(out)
-    run = find_run(args.recipe, args.run or run_name(recipe, "sft"))
+    run, out = find_run(args.recipe, args.run or run_name(recipe, "sft")), Path(args.out)
     judge = args.judge or ("rule" if recipe.data.source == "toy" and not args.constitution else None)
     names = ("prompt_column", "limit", "samples", "keep", "url", "max_requests", "seed", "batch_size")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     prompts = None if args.prompts == "train" else Path(args.prompts)
-    ask = Ask(judge=judge, prompts=prompts, **given)
-    if args.constitution:
-        from alignlab.rounds.constitution import make_revisions
-
-        made = make_revisions(recipe, run, ask, args.constitution)
-    elif judge and judge.startswith("votes:"):
-        from alignlab.people.votes import read_votes
-        from alignlab.rounds.votes import pairs_of_votes
-
-        made = pairs_of_votes(recipe, run, read_votes(Path(judge.removeprefix("votes:"))), judge)
-    else:
-        made = make_pairs(recipe, run, ask)
-    write_pairs(out, made.rows)
+    how = {"judge": judge, "constitution": args.constitution, "prompts": prompts, **given}
+    made = make_pairs(recipe, run.path, out=out, **how)
     _print(f"{made}\n{out}\n{next_command(recipe, run, out)}")
 
 
