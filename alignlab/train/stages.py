@@ -220,6 +220,7 @@ def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> Circumstan
 
 @contextlib.contextmanager
 def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
+    models.refuse_unmade(recipe.model.name)
     path = root / recipe.name / (run_name(recipe, stage) if name is None else runs.check_name(name))
     state = _processes()
     check_world(state.num_processes)
