@@ -31,10 +31,9 @@ while [ $# -gt 0 ]; do
 done
 echo "$number ${array:-alone}" >> submitted
 program=$(head -n 1 $script); program=${program#\#!}
-for task in $(seq ${array%-*} ${array#*-}); do
-  env ${array:+SLURM_ARRAY_TASK_ID=$task} $program $script >> output 2>&1 || echo $number >> failed
+for task in $([ -z "$array" ] && echo alone || seq ${array%-*} ${array#*-}); do
+  SLURM_ARRAY_TASK_ID=$task $program $script >> output 2>&1 || echo $number >> failed
 done
-[ -n "$array" ] || $program $script >> output 2>&1 || echo $number >> failed
 echo $number
 """
 SRUN = """#!/bin/bash
@@ -65,7 +64,9 @@ def login(tmp_path):
 
     def run(script: str, **environment: str) -> subprocess.CompletedProcess:
         env = {"PATH": f"{slurm}:/usr/bin:/bin", "FAILS": "nothing", **environment}
-        return subprocess.run(["bash"], input=script, capture_output=True, text=True, cwd=tmp_path, env=env)
+        (tmp_path / "script").write_text(script)
+        pipes = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 60}
+        return subprocess.run(["bash", "script"], cwd=tmp_path, env=env, **pipes)
 
     return run
 
