@@ -76,10 +76,11 @@ def lines(file: Path) -> list[str]:
 
 
 @pytest.fixture
-def sweep(tmp_path, capsys) -> str:
+def sweep(login, tmp_path, capsys, monkeypatch) -> str:
     """The script that submits, with `jobs` as `--print` writes them for three betas, and `member.sbatch`."""
     *_, member, submit = SCRIPTS["sweeps.md"]
     (tmp_path / "member.sbatch").write_text(member)
+    monkeypatch.setenv("PATH", f"{tmp_path}/.venv/bin:/usr/bin:/bin")  # as after the activation
     assert main(["sweep", "mistral", "--betas", "0.5,0.3,0.1", "--print"]) == 0
     (tmp_path / "jobs").write_text(capsys.readouterr().out)
     return submit
