@@ -136,7 +136,7 @@ def test_a_recipe_names_a_model_of_the_cache(monkeypatch, tmp_path):
     assert load_recipe("gemma270m").model.name == str(tmp_path / "models" / "gemma270m")
 
 
-@pytest.mark.parametrize("command", ["sft", "dpo", "eval", "plan"])
+@pytest.mark.parametrize("command", ["sft", "dpo", "plan"])
 def test_without_the_model_the_remedy_is_one_line(command, tmp_path):
     done = alignlab(tmp_path, command, "gemma270m", ALIGNLAB_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2, done.stderr
