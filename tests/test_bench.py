@@ -191,3 +191,37 @@ def test_objectives_are_told_by_their_median_over_seeds_with_the_lowest_and_the_
              for rate, hours in ((0.6, 0.1), (0.9, 0.6), (0.7, 0.2))]  # fmt: skip
     *_, row = script("objectives").rows(seeds)
     assert row == "| kto | – | 0.70 (0.60 to 0.90) | – | – | 1.50 | 4 | 1,000 | 12.0 |"
+
+
+# A real model -------------------------------------------------------------------
+
+
+def test_without_the_model_the_real_benchmark_is_skipped_with_a_line(script, tmp_path, capsys):
+    script("real").main(["--model", str(tmp_path / "none")])
+    assert capsys.readouterr().out == f"skipped: there is no model at {tmp_path / 'none'} (make gemma270m)\n"
+
+
+@pytest.mark.slow
+def test_the_real_benchmark_compares_equal_losses(script, folders, tmp_path):
+    from alignlab.data import toy
+    from alignlab.recipe.load import ToySection
+
+    data = tmp_path / "rows.jsonl"
+    rows = ({"chosen": row["chosen"], "rejected": row["rejected"]} for row in toy.rows(ToySection(pairs=64)))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [
+        "--model",
+        str(folders["llama"]),
+        "--data",
+        str(data),
+        "--times",
+        "2",
+        "--results",
+        str(tmp_path / "found"),
+    ]
+    script("real").main(given)
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "found").iterdir()}
+    assert len(found) == 4
+    for name, entry in found.items():
+        within = 0.01 if name == "real-held-out-evaluation" else 1e-4  # TRL weighs batches alike, not tokens
+        assert entry["n"] == 2 and entry["loss_difference"] < within, name

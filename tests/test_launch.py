@@ -25,23 +25,25 @@ CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 RECIPE = """
 about: a run of seconds
 data: {{source: toy, max_prompt_tokens: 56, max_reply_tokens: 72, toy: {{pairs: 128}}}}
-model: {{name: {model}, dtype: float32, load_in_4bit: {quantized}, lora: {{r: 4, target_modules: all-linear}}}}
+model: {{name: {model}, dtype: float32, load_in_4bit: {quantized}, lora: {lora}}}
 sft:
   max_steps: 4
-  learning_rate: 1.0e-2
+  learning_rate: {sft_rate}
   logging_steps: 2
   eval_steps: 2
   per_device_train_batch_size: {sft_batch}
   per_device_eval_batch_size: 13
 dpo:
   max_steps: 8
-  learning_rate: 1.0e-3
+  learning_rate: {dpo_rate}
   logging_steps: 2
   eval_steps: 4
   per_device_train_batch_size: {batch}
   per_device_eval_batch_size: 13
 monitor: {{kl: {{prompts: 5, max_new_tokens: 8, batch_size: 2}}}}
 """
+LORA = {"lora": "{r: 4, target_modules: all-linear}", "sft_rate": "1.0e-2", "dpo_rate": "1.0e-3"}
+FULL = {"lora": "null", "sft_rate": "1.0e-3", "dpo_rate": "1.0e-4"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,19 @@ def workplace(folders, tmp_path_factory) -> Path:
         for ranks in (1, 2):
             facts = {"model": folders["llama"], "quantized": str(quantized == "quantized").lower(), "batch": 8 // ranks}
             facts["sft_batch"] = 8 if quantized == "quantized" else 8 // ranks  # whose SFT run both share
-            (folder / "recipes" / f"{quantized}{ranks}.yaml").write_text(RECIPE.format(**facts))
+            (folder / "recipes" / f"{quantized}{ranks}.yaml").write_text(RECIPE.format(**LORA, **facts))
+    for name, tuning, batch in (
+        ("full1", FULL, 8),
+        ("full-ddp", FULL, 4),
+        ("full-fsdp", FULL, 4),
+        ("lora-fsdp", LORA, 4),
+    ):
+        facts = {"model": folders["llama"], "quantized": "false", "batch": batch, "sft_batch": batch}
+        (folder / "recipes" / f"{name}.yaml").write_text(RECIPE.format(**tuning, **facts))
+    on_cpu = (
+        (CONFIGS / "fsdp2.yaml").read_text().replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true")
+    )
+    (folder / "fsdp.yaml").write_text(on_cpu)
     return folder
 
 
@@ -65,8 +79,8 @@ def plain2(workplace) -> Run:
     return Run(workplace / "runs/plain2/dpo")
 
 
-def on_two_ranks(folder: Path, *arguments: str, **how):
-    return alignlab(folder, *arguments, "--launch", str(CONFIGS / "two-cpu.yaml"), **how)
+def on_two_ranks(folder: Path, *arguments: str, launch_file: Path = CONFIGS / "two-cpu.yaml", **how):
+    return alignlab(folder, *arguments, "--launch", str(launch_file), **how)
 
 
 def test_sft_and_dpo_on_two_ranks_are_those_on_one(workplace, plain2):
@@ -86,13 +100,32 @@ def test_4bit_dpo_on_two_ranks_is_that_on_one(workplace):
     assert_two_are_one(workplace, "quantized{}/dpo", within=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "one"), [("full-ddp", "full1"), ("full-fsdp", "full1"), ("lora-fsdp", "plain1")])
+def test_all_weights_and_sharded_ones_on_two_ranks_are_those_on_one_and_resume(name, one, workplace):
+    """DDP with all weights, and FSDP2 with all weights and with LoRA: the losses of one rank; a killed run goes on."""
+    file = workplace / "fsdp.yaml" if "fsdp" in name else CONFIGS / "two-cpu.yaml"
+    train_dpo(load_recipe(str(workplace / f"recipes/{one}.yaml")), root=workplace / "runs")
+    for stage in ("sft", "dpo"):
+        assert (done := on_two_ranks(workplace, stage, name, launch_file=file)).returncode == 0, done.stderr
+        assert_same_training(*(Run(workplace / "runs" / each / stage) for each in (one, name)), within=1e-3)
+    felled = Run(workplace / "runs" / name / "felled")
+    with_a_rank_killed(1, workplace, felled, past_step=4, launch_file=file)
+    resumed = on_two_ranks(workplace, "dpo", name, "--run", "felled", launch_file=file)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
+    same(felled, Run(workplace / "runs" / name / "dpo"))
+
+
 def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
-    one, two = (Run(workplace / "runs" / name.format(ranks)) for ranks in (1, 2))
+    assert_same_training(*(Run(workplace / "runs" / name.format(ranks)) for ranks in (1, 2)), within)
+
+
+def assert_same_training(one: Run, two: Run, within: float) -> None:
     assert (one.manifest.world_size, two.manifest.world_size) == (1, 2)
     assert [row["step"] for row in two.metrics()] == [row["step"] for row in one.metrics()]
     for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
         for key in COMPARED & ours.keys():
-            assert theirs[key] == pytest.approx(ours[key], rel=within, abs=1e-6), (name, ours["step"], key)
+            assert theirs[key] == pytest.approx(ours[key], rel=within, abs=1e-6), (two.path, ours["step"], key)
     samples = [[{k: v for k, v in row.items() if k != "kl"} for row in run.samples()] for run in (one, two)]
     assert samples[0] == samples[1]
 
@@ -118,8 +151,8 @@ def test_where_the_rank_that_writes_dies_the_launch_says_so_in_its_place(workpla
     assert (headless.manifest.status, headless.manifest.stop_reason) == ("failed", "rank 0 was killed by SIGKILL")
 
 
-def with_a_rank_killed(rank: int, workplace: Path, run: Run, past_step: int) -> tuple[subprocess.Popen, str]:
-    process = on_two_ranks(workplace, "dpo", "plain2", "--run", run.path.name, wait=False)
+def with_a_rank_killed(rank: int, workplace: Path, run: Run, past_step: int, **how) -> tuple[subprocess.Popen, str]:
+    process = on_two_ranks(workplace, "dpo", run.path.parent.name, "--run", run.path.name, wait=False, **how)
     wait_until(process, lambda: any(row["step"] > past_step for row in read_lines(run.metrics_file)))
     ranks = psutil.Process(process.pid).children(recursive=True)
     next(each for each in ranks if each.environ().get("RANK") == str(rank)).kill()

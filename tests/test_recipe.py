@@ -23,7 +23,7 @@ from alignlab.recipe.written import SHIPPED
 
 MINIMAL = "data: {source: hh-rlhf, path: rows.jsonl}\nmodel: {name: some/model}\n"
 SHIPPED_FILES = sorted(SHIPPED.rglob("*.yaml"))
-RUNNABLE = ["gemma3", "gpt2", "llama2", "llama3", "mistral", "qwen3", "smollm3", "tiny", "zephyr"]
+RUNNABLE = ["gemma270m", "gemma3", "gpt2", "llama2", "llama3", "mistral", "qwen3", "smollm3", "tiny", "zephyr"]
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ class Answers:
     def logps(self, candidate: Candidate, prompts: Sequence[Ids], texts: Sequence[Ids], about: str) -> list[float]:
         """log p(text | prompt) of each, in nats."""
         rows = [(list(prompt), list(text)) for prompt, text in zip(prompts, texts, strict=True)]
-        wanted = {digest(["logp", *row]): row for row in rows}
+        wanted = {digest(["logp", *row]): row for row in longest_first(rows)}
 
         def score(few: list[tuple[Ids, Ids]]) -> list[float]:
             with self.loaded.on(candidate) as model:
@@ -96,7 +96,7 @@ class Answers:
         reference = policy.reference
         assert reference is not None
         rows = [(list(prompt), list(reply.ids)) for prompt, reply in zip(prompts, replies, strict=True)]
-        wanted = {digest(["kl", reference.key, *row]): row for row in rows}
+        wanted = {digest(["kl", reference.key, *row]): row for row in longest_first(rows)}
 
         def measure(few: list[tuple[Ids, Ids]]) -> list[float]:
             self.loaded.hold(policy, reference)
@@ -117,3 +117,8 @@ class Answers:
         with self.loaded.on(reference) as model:
             theirs, _, _ = reply_logits(model, prompts, replies, pad)
         return kl_per_reply(ours, theirs, mask).tolist()
+
+
+def longest_first(rows: Sequence[tuple[Ids, Ids]]) -> list[tuple[Ids, Ids]]:
+    """Prompts and texts by their tokens, so that batches hold little padding."""
+    return sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))

@@ -20,7 +20,7 @@ from alignlab.measure.generate import reply_logits, reply_logps
 from alignlab.memory.fakes import Fakes, as_on_cuda, held_tensors
 from alignlab.memory.outline import fill, keep_layers, outline, own_tables, quantize
 from alignlab.models import load as models
-from alignlab.models.packing import bare_model, decide, share_prefixes
+from alignlab.models.packing import bare_model, decide, scored_positions_only, share_prefixes
 from alignlab.recipe.load import Recipe
 from alignlab.recipe.objectives import STAGES
 
@@ -92,7 +92,7 @@ def measure(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Counte
     """Bytes with these layers only: of each part, and `at MOMENT` beside the parts; and the `trained` numbers."""
     policy, second = _policy(job, config, layers), _second_model(job, config, layers)
     tables = own_tables() if job.recipe.model.load_in_4bit else contextlib.nullcontext()
-    with tables, as_on_cuda() if job.cuda else contextlib.nullcontext(), Fakes() as meter:
+    with tables, _as_trained(job), Fakes() as meter:
         for model in filter(None, (policy, second)):
             fill(model)
         found = _parts_of(policy, job)
@@ -103,6 +103,13 @@ def measure(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Counte
         found.update({f"at {moment}": size - parts for moment, size in meter.peaks.items() if moment})
         found["trained"] = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     return found
+
+
+def _as_trained(job: Job) -> contextlib.AbstractContextManager:
+    """What TRL's LM head does on this device, as the trainer has it."""
+    if job.cuda:
+        return as_on_cuda()
+    return scored_positions_only(torch.device("cpu")) if job.stage == "sft" else contextlib.nullcontext()
 
 
 def _policy(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> nn.Module:

@@ -36,7 +36,7 @@ from alignlab.data.hub import stay_offline_without_hub
 from alignlab.disk import find_damage, hash_file, is_sealed
 from alignlab.errors import MachineError, ModelError
 from alignlab.recipe.fields import suggest
-from alignlab.recipe.load import ModelSection
+from alignlab.recipe.load import ModelSection, model_folder
 from alignlab.recipe.rules import LIMITS, whole_modules_conflict
 from alignlab.runs.run import Run
 
@@ -451,9 +451,17 @@ def _why_refused(error: Exception) -> str:
     return f"damaged ({_first_line(error)})"
 
 
+def refuse_unmade(name: str) -> None:
+    """Raises ModelError where a model is one that `make` puts into the cache, and is not there yet."""
+    folder = Path(name)
+    if folder == model_folder(folder.name) and not folder.exists():
+        raise ModelError(f"the model {folder.name} is not on this machine; run make {folder.name} first")
+
+
 @contextlib.contextmanager
 def loading(what: str, name: str, section: ModelSection) -> Iterator[None]:
     """Turns the many ways in which loading fails into one line that says what to do."""
+    refuse_unmade(name)
     if Path(name).is_absolute() and not Path(name).exists():
         raise ModelError(f"there is no {what} at {name}")
     if Path(name).is_dir():

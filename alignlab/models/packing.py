@@ -322,6 +322,25 @@ def lm_head_tiles(device: torch.device) -> Iterator[None]:
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE = standard
 
 
+@contextmanager
+def scored_positions_only(device: torch.device) -> Iterator[None]:
+    """On a CPU, TRL's fused LM head on the positions that are scored, in the narrower tiles.
+
+    TRL does so on GPUs, and scores every position elsewhere, for devices that compile each shape anew; a CPU does not.
+    """
+    standard = trl_utils._use_triton  # in this module it asks for nothing else than that
+
+    def scores_only_what_counts(device: torch.device) -> bool:
+        return device.type == "cpu" or standard(device)
+
+    trl_utils._use_triton = scores_only_what_counts
+    try:
+        with lm_head_tiles(device):
+            yield
+    finally:
+        trl_utils._use_triton = standard
+
+
 def is_exact(model: PreTrainedModel) -> bool:
     """Whether the model computes in float32 throughout, so that two ways to compute differ by its rounding only."""
     kind = model.device.type

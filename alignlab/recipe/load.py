@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from alignlab.disk import cache_folder
 from alignlab.errors import RecipeError
 from alignlab.recipe.fields import Setting, library_settings, setting, suggest
 from alignlab.recipe.objectives import OBJECTIVES, STAGES
@@ -75,7 +76,7 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    name: str  # hub id or path; `toy` is the embedded base model
+    name: str  # hub id or path; `toy` is the embedded base model, `cache:NAME` one that `make NAME` puts into the cache
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     load_in_4bit: bool = False  # nf4 with double quantization (QLoRA, arXiv 2305.14314)
@@ -172,6 +173,8 @@ SECTIONS = {
 _LORA = ("model", "lora")
 _TEMPLATE = ("model", "chat_template")
 _PATHS = (("data", "path"), ("data", "sft", "path"))
+_MODEL = ("model", "name")
+IN_CACHE = "cache:"  # opens the name of a model that a `make` of its name puts into alignlab's cache
 _ABSENT = object()
 LONGEST_NAME = 100  # characters of a run's
 LONGEST_OWN = 40  # of a run's on data of the command line
@@ -349,9 +352,16 @@ def _read(key: Key, item: Written) -> Any:
     limit = LIMITS.get(".".join(key)) or (LIMITS.get(key[-1]) if key[0] in STAGES else None)
     if limit and value is not None and not limit[0](value):
         raise ValueError(f"expected {limit[1]}")
+    if key == _MODEL and value.startswith(IN_CACHE):
+        return str(model_folder(value.removeprefix(IN_CACHE)))
     if key in _PATHS and value:
         return [_beside(one, item.folder) for one in value] if isinstance(value, list) else _beside(value, item.folder)
     return _template_text(value, item.folder) if key == _TEMPLATE and value else value
+
+
+def model_folder(name: str) -> Path:
+    """Where `make NAME` puts the model that a recipe names `cache:NAME`."""
+    return cache_folder() / "models" / name
 
 
 def _beside(value: str, folder: Path) -> str:

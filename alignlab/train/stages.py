@@ -169,6 +169,7 @@ def _start(recipe: Recipe, stage: str, root: Path) -> tuple[Run | None, ModelSec
 
     ORPO starts from the base model and trains without a reference; what stands for it is what figures are told from.
     """
+    models.refuse_unmade(recipe.model.name)  # before the line that says what comes first
     if not STAGES[stage].from_sft:
         section = dataclasses.replace(with_weights(recipe).model, start=None, reference="base")
         told = f"none in the loss; KL, rewards and win rate are told from the base model {recipe.model.name}"
@@ -229,6 +230,7 @@ def _here(folder: Path, rows: int, checkpoint: Path | None = None) -> TrainingCo
 
 @contextlib.contextmanager
 def _opened(recipe: Recipe, stage: str, root: Path, name: str | None, force: bool) -> Iterator[Run]:
+    models.refuse_unmade(recipe.model.name)
     path = root / recipe.name / (run_name(recipe, stage) if name is None else runs.check_name(name))
     state = _processes()
     check_world(state.num_processes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
@@ -28,7 +29,7 @@ from alignlab.models.load import (
     refuse_changed,
     refuse_pickles,
 )
-from alignlab.models.packing import decide, share_prefixes
+from alignlab.models.packing import decide, scored_positions_only, share_prefixes
 from alignlab.train.callbacks import CarriedOver, Guard
 from alignlab.train.samples import Samples
 from alignlab.train.store import ReferenceIdentity
@@ -144,6 +145,14 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
         super().__init__(*args, **kwargs)
         leave_router_logits_out(self.model)
 
+    def compute_loss(self, *args, **kwargs):
+        """TRL's loss, with the LM head on reply tokens only, on a CPU too."""
+        with scored_positions_only(self.accelerator.device):
+            return super().compute_loss(*args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> list[int]:
+        return longest_first(eval_dataset, ("input_ids",))
+
     def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"tokens": (inputs["labels"][:, 1:] != -100).sum()}
 
@@ -230,6 +239,9 @@ class AlignDPOTrainer(PreferenceTrainer, DPOTrainer):
             f"TRL would cut {dataset_name} at {args.max_length}"
         )
         return dataset
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> list[int]:
+        return longest_first(eval_dataset, IDS)
 
     def _count(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         chosen, rejected = inputs["completion_mask"][:, 1:].chunk(2)
@@ -372,6 +384,12 @@ class AlignKTOTrainer(PreferenceTrainer, KTOTrainer):
         """1 − σ(0), where good and bad rows weigh the same."""
         plain = self.desirable_weight == self.undesirable_weight == 1.0 and not self.aux_loss_enabled
         return 0.5 if plain else None
+
+
+def longest_first(rows: Dataset, columns: Sequence[str]) -> list[int]:
+    """The numbers of held-out rows by their tokens, so that batches hold little padding; means are over all rows."""
+    lengths = np.sum([pc.list_value_length(rows.with_format("arrow")[:][name]) for name in columns], axis=0)
+    return np.argsort(-lengths, kind="stable").tolist()
 
 
 def _mean(values: list[float], weights: list[int]) -> float:
