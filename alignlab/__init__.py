@@ -58,7 +58,7 @@ class Shown:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        return f'<pre style="font-family: monospace">{escape(str(self))}</pre>'  # Jupyter's own is proportional here
 
 
 class Result(Shown):

@@ -69,3 +69,8 @@ def plot(ax: Axes, run: al.Run, figure: str, label: str | None = None, **style) 
     if error in rows:
         band = 2 * rows[error].fillna(0)
         ax.fill_between(rows["step"], rows[figure] - band, rows[figure] + band, alpha=0.2, color=line.get_color())
+
+
+def question(prompt: str) -> str:
+    """What was asked last, without the dialogue before it."""
+    return prompt.split("Human:")[-1].replace("Assistant:", "").strip()

@@ -117,3 +117,12 @@ def test_the_notebooks_run_from_a_clean_state(tmp_path, monkeypatch):
         print(f"{name}: {time.monotonic() - began:.0f} s")
         check_outputs(notebook)
         assert len(nbformat.writes(notebook)) < 1_000_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cell_that_switches_the_recipe_names_recipes(name):
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS / name, as_version=4).cells]
+    (line,) = [line for cell in cells for line in cell.splitlines() if line.startswith("RECIPE =")]
+    named = re.findall(r'"([\w-]+)"', line)
+    shipped = {file.stem for file in (NOTEBOOKS.parent / "recipes").glob("*.yaml")}
+    assert named[0] == "tiny" and len(named) == 3 and set(named) <= shipped
