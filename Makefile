@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache gemma270m reproduce canary pairs rounds chat serve vote torture bench bench-real bench-all bench-gpu
+.PHONY: help install lab notebooks test-lab demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache gemma270m reproduce canary pairs rounds chat serve vote torture bench bench-real bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -23,6 +23,19 @@ install: .venv/.installed  ## .venv with everything in it, once
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/alignlab show tiny > /dev/null
 	touch $@
+
+.venv/.lab: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab]'
+	touch $@
+
+lab: .venv/.lab  ## the four notebooks, opened in Jupyter
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: .venv/.lab  ## runs the notebooks and keeps what they show: five minutes on two cores
+	$(BIN)/python notebooks/run.py
+
+test-lab: .venv/.lab  ## runs the notebooks from a clean state
+	$(BIN)/pytest -n 0 -m lab tests/test_notebooks.py
 
 demo: install    ## SFT, DPO, evaluation and report on the embedded default: two or three minutes on two cores
 	$(BIN)/alignlab sft tiny

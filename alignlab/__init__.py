@@ -60,7 +60,8 @@ class Shown:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        # Jupyter's own font for this is proportional, and its lines wrap: columns would not stand below each other
+        return f'<pre style="font-family: monospace; white-space: pre; overflow-x: auto">{escape(str(self))}</pre>'
 
 
 class Result(Shown):

@@ -41,6 +41,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # tiny models: threads only wait
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the notebooks out unless `-m` names them, whatever else it selects."""
+    if "lab" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("lab")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real datasets, tokenizers and models, which lies beside a checkout where there is one."""

@@ -54,7 +54,7 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     assert len(table.runs) == 2 and "margin" in repr(table)
     run = table.best
     assert run and run.test.accuracy.n and run.metrics[0]["step"] == 0 and run.samples
-    assert "accuracy" in repr(run) and run._repr_html_().startswith("<pre>")
+    assert "accuracy" in repr(run) and run._repr_html_().startswith("<pre ")
     model, tokenizer = run.load()
     assert model.generate(**tokenizer("Hi", return_tensors="pt"), max_new_tokens=2).shape[1] > 1
     found = al.evaluate(run, judge="rule", replies=4, max_new_tokens=8)

@@ -45,7 +45,7 @@ class ShownRecipe(Recipe):
         return show_recipe(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(repr(self))}</pre>"
+        return f'<pre style="font-family: monospace; white-space: pre; overflow-x: auto">{escape(repr(self))}</pre>'
 
 
 def show_recipe(recipe: Recipe) -> str:
