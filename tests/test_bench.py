@@ -154,7 +154,7 @@ def test_the_cpu_bench_writes_a_cell_for_each_variant(script, tmp_path, capsys):
 
 
 def test_a_stopped_run_writes_what_it_has(script, comparison, tmp_path, monkeypatch):
-    measure = comparison.LoadedModels.measure
+    measure = comparison.Bench.measure
 
     def stopped(*args):
         for number, line in enumerate(measure(*args)):
@@ -162,7 +162,7 @@ def test_a_stopped_run_writes_what_it_has(script, comparison, tmp_path, monkeypa
                 raise KeyboardInterrupt
             yield line
 
-    monkeypatch.setattr(comparison.LoadedModels, "measure", stopped)
+    monkeypatch.setattr(comparison.Bench, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         script("step").main(
             ["toy", "--pairs", "2", "--batches", "9", "--ways", "shared", "--results", str(tmp_path)],

@@ -256,7 +256,7 @@ def test_an_option_that_the_model_refuses_is_left_out(server, caplog):
     [
         (
             "nope",
-            "has no model 'nope' (it has longer, first, second, chatter, garbled, thinker, coin, writer); check the name",
+            "has no model 'nope' (it has longer, first, second, chatter, garbled, thinker, coin, writer); check",
         ),
         ("plain", "has no default chat template, you must provide one; name a chat model as judge"),
         ("broken", "cannot be asked with model 'broken': Error code: 500 - out of order; its own log may say more"),

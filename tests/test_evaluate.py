@@ -620,7 +620,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(made, root):
 
 @pytest.mark.slow
 def test_batches_are_at_least_four_times_as_fast_as_one_by_one(shared):
-    """On real MT-LoadedModels questions by a real model, and greedy replies are the same."""
+    """On real MT-Bench questions by a real model, and greedy replies are the same."""
     folder = shared / "models/stories260K"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -59,5 +59,5 @@ def test_a_run_from_python(tmp_path, monkeypatch):
     assert model.generate(**tokenizer("Hi", return_tensors="pt"), max_new_tokens=2).shape[1] > 1
     found = al.evaluate(run, judge="rule", replies=4, max_new_tokens=8)
     assert "dpo over sft" in repr(found) and found.path.is_file(), repr(found)
-    assert al.report(run).read_text().startswith("<!doctype html>")
+    assert al.report(run).read_text().startswith("<!DOCTYPE html>")
     assert (al.export(run, tmp_path / "out").path / "model.safetensors").is_file()

@@ -137,8 +137,8 @@ def test_a_closed_cache_is_not_cleared(copy):
 
 
 TOY = """
-from alignlab import pretrain
-from alignlab.cli import main
+from alignlab.models import pretrain
+from alignlab.cli.commands import main
 pretrain.TRAINING["max_steps"] = 1
 raise SystemExit(main(["data", "small", "data.toy.pairs=200"]))
 """

@@ -93,7 +93,7 @@ def test_a_rule_that_is_none_is_refused(said):
 
 
 def test_the_rule_scores_each_reply_by_itself(tmp_path):
-    replies = [(" Of course! Shall I go on?", " TextSigns it up.", " Hm."), (" Hm.", " Sure, gladly.")]
+    replies = [(" Of course! Shall I go on?", " Look it up.", " Hm."), (" Hm.", " Sure, gladly.")]
     prompts = ["\n\nHuman: How do I cook soup?\n\nAssistant:"] * 2
     found = judge_of(load_recipe("tiny"), "rule").score(prompts, replies, tmp_path / "scores.jsonl")
     assert found == [[score(p, r) for r in its] for p, its in zip(prompts, replies, strict=True)]

@@ -23,7 +23,7 @@ from alignlab.runs.evaluation import REPLIES
 from alignlab.runs.logs import last_samples
 from alignlab.text.safe import harmless
 
-GOOD, BAD = " Happy to help. Keep the soil loose.", " TextSigns it up. Go away now."
+GOOD, BAD = " Happy to help. Keep the soil loose.", " Look it up. Go away now."
 
 
 def row(prompt: str, reply: str, reference: str | None = BAD, kl: float = 0.5, **facts) -> dict:

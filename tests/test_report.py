@@ -96,7 +96,7 @@ def metrics(steps: int, every: int = 10, evaluations: int = 4, seed: int = 0) ->
 
 
 def samples(reply: str = " Of course! Give them plenty of sun.") -> list[dict]:
-    its = {"step": 30, "split": "test", "tokens": 9, "ended": True, "kl": 0.5, "reference_reply": " TextSigns it up."}
+    its = {"step": 30, "split": "test", "tokens": 9, "ended": True, "kl": 0.5, "reference_reply": " Look it up."}
     return [{**its, "prompt": f"\n\nHuman: How do I grow {thing}?\n\nAssistant:", "reply": reply} for thing in THINGS]
 
 

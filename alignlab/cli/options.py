@@ -215,7 +215,7 @@ def _eval(commands) -> None:
         metavar="FILE",
         nargs="+",
         default=[],
-        help="prompts too: MT-LoadedModels, XSTest, AdvBench, "
+        help="prompts too: MT-Bench, XSTest, AdvBench, "
         "StrongREJECT, or any file with prompt, question or instruction, and label where there is one",
     )
     on.add_argument("--prompt-column", metavar="NAME", help="the column of the prompts in these files")

@@ -2,7 +2,7 @@
 
 | columns of the file | known as | labels |
 |---|---|---|
-| `turns` | MT-LoadedModels | none; the first turn is asked |
+| `turns` | MT-Bench | none; the first turn is asked |
 | `forbidden_prompt` | StrongREJECT | all harmful |
 | `goal` | AdvBench, or JailbreakBench | all harmful; benign where the file's name says so |
 | `Behavior`, `SemanticCategory` | HarmBench | all harmful |

@@ -164,8 +164,6 @@ def check_world(world_size: int) -> None:
             f"accelerate was asked for {asked} processes and started {world_size}: without GPUs write "
             f"distributed_type: MULTI_GPU and use_cpu: true as in accelerate_configs/two-cpu.yaml"
         )
-    if world_size > 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
-        _refuse_without_gpu(world_size, "the launcher")
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and world_size == 1:
         raise MachineError(

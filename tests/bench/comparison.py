@@ -111,7 +111,7 @@ class Found:
     needed: int = 0  # positions that any forward must compute
 
 
-class LoadedModels:
+class Bench:
     """A trainer whose models share prefixes, except in the ways that say otherwise."""
 
     def __init__(self, trainer: DPOTrainer, ways: Mapping[str, Way]):

@@ -29,7 +29,7 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 import torch
 from batches import SHARED
-from comparison import RESULTS, WAYS, LoadedModels, wait
+from comparison import RESULTS, WAYS, Bench, wait
 from datasets import Dataset
 from machine import machine
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -92,7 +92,7 @@ def measure_dpo(model, pairs: Dataset, words: PreTrainedTokenizerBase, times: in
         for name, weight in model.named_parameters():
             if "lora_B.default" in name:
                 weight.normal_(std=1e-3)
-    bench = LoadedModels(trainer, WAYS)
+    bench = Bench(trainer, WAYS)
     bench.step("shared", pairs.select(range(PAIRS)).to_list())  # is computed both ways
     ways = ("stock", "stored", "shared-stored")
     for number in range(times):

@@ -21,7 +21,7 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 import torch
 from batches import MEGA_BATCH, find_rows
-from comparison import RESULTS, WAYS, Found, LoadedModels, report
+from comparison import RESULTS, WAYS, Bench, Found, report
 from datasets import Dataset
 from machine import machine
 from memory_gpu import tokenizer
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts, found = {"model": args.model, "pairs": args.pairs, "rows": what}, Found()
     here = machine(threads=torch.get_num_threads(), keeps_memory=not missing)
     with tempfile.TemporaryDirectory() as folder:
-        bench = LoadedModels(make_trainer(config, args.pairs, rows, Path(folder)), ways)
+        bench = Bench(make_trainer(config, args.pairs, rows, Path(folder)), ways)
         try:
             for line in bench.measure(rows, args.pairs, args.batches, found):
                 print(line, file=sys.stderr, flush=True)

@@ -27,7 +27,7 @@ os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERB
 
 import torch
 from batches import find_rows
-from comparison import RESULTS, WAYS, Found, LoadedModels, Way, report, stock
+from comparison import RESULTS, WAYS, Bench, Found, Way, report, stock
 from datasets import Dataset
 from machine import machine
 from memory_gpu import MODELS, TOYS, make_trainer, quantized
@@ -75,7 +75,7 @@ def measure(weights: PreTrainedModel, recipe: Recipe, rows: Dataset, pairs: int,
         trainer = make_trainer(policy, recipe, rows, pairs, Path(folder))
         move_away(policy)
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-        bench = LoadedModels(trainer, ways(weights))
+        bench = Bench(trainer, ways(weights))
         try:
             for line in bench.measure(rows, pairs, count, found):
                 print(line, file=sys.stderr, flush=True)
