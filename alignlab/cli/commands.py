@@ -363,7 +363,7 @@ def _sweep(args: argparse.Namespace) -> int | None:
         from alignlab.train.machine import check_machine
 
         for member in members.asked:
-            check_machine(member.recipe, "dpo", force=args.force)
+            check_machine(member.recipe, "dpo", force=args.force, settings=False)  # a fault is that member's own
         from alignlab.sweeps.runner import run_members, share
 
         if args.shared:

@@ -44,10 +44,12 @@ def refuse_other_versions() -> None:
             raise MachineError(f"{each.name} is {found}, and alignlab is made for {each.specifier}; {remedy}")
 
 
-def check_machine(recipe: Recipe, stage: str, *, name: str | None = None, force: bool = False) -> None:
+def check_machine(
+    recipe: Recipe, stage: str, *, name: str | None = None, force: bool = False, settings: bool = True
+) -> None:
     """Says what a run will be trained on, before anything is loaded; MachineError where it cannot fit.
 
-    `force` goes on all the same. Nothing is said of a run that is finished.
+    `force` goes on all the same. Nothing is said of a run that is finished. `settings`: whether those of TRL are tried.
     """
     stages = [stage]
     if STAGES[stage].from_sft and not recipe.model.start:
@@ -59,7 +61,8 @@ def check_machine(recipe: Recipe, stage: str, *, name: str | None = None, force:
         return
     _say(describe_machine())
     for each in pending:
-        _refuse_settings(recipe, each)
+        if settings:
+            _refuse_settings(recipe, each)
         if too_much := what_does_not_fit(recipe, each):
             if not force:
                 raise MachineError(f"{too_much}; --force goes on as it is")
