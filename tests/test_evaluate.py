@@ -473,7 +473,8 @@ def test_targets_stand_beside_what_was_measured(found, made, root, monkeypatch):
     monkeypatch.chdir(root)
     how = ["--replies", "12", "--max-new-tokens", "12"]
     assert cli.main(["eval", "llama.yaml", "evaluate.targets.margin=-5", "evaluate.targets.kl=null", *how]) == 0
-    asked = {target["name"]: target for target in json.loads((made().path / "eval.json").read_text())["targets"]}
+    newest = max((made().path / "eval").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    asked = {target["name"]: target for target in json.loads(newest.read_text())["targets"]}
     assert asked["reward margin"]["outcome"] == "met" and "KL, nats per reply" not in asked
 
 
