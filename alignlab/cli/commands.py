@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from alignlab.cli.options import read_arguments
 from alignlab.disk import explain
-from alignlab.errors import AlignlabError, RecipeError
+from alignlab.errors import AlignlabError, RecipeError, RunError
 from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless, harmless_json, one_line
 from alignlab.train.launch import Killed, leave
@@ -268,7 +268,6 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _vote(args: argparse.Namespace) -> None:
-    from alignlab.errors import RunError
     from alignlab.people.ballots import Ballots
     from alignlab.people.votes import write_votes
     from alignlab.runs.run import Run, find_run, finished, runs_folder
@@ -363,7 +362,8 @@ def _sweep(args: argparse.Namespace) -> int | None:
         from alignlab.train.machine import check_machine
 
         for member in members.asked:
-            check_machine(member.recipe, "dpo", force=args.force, settings=False)  # a fault is that member's own
+            with contextlib.suppress(RunError):  # a damaged run, or settings at fault, are that member's own
+                check_machine(member.recipe, "dpo", force=args.force, settings=False)
         from alignlab.sweeps.runner import run_members, share
 
         if args.shared:
