@@ -13,7 +13,9 @@ from alignlab.cli.commands import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCRIPTS = {
-    page: re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL) for page in sorted(os.listdir(DOCS))
+    page: re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    for page in sorted(os.listdir(DOCS))
+    if page.endswith(".md")
 }
 # A job runs at once, in a shell of its own; its number is printed, and what depends on a failed one does not run
 SBATCH = r"""#!/bin/bash
