@@ -401,7 +401,7 @@ def test_every_judged_reply_is_kept_with_its_prompt(file, found, made):
     ours = [row["outcomes"]["sft"] for row in rows if row["model"] == "dpo"]
     entry = next(e for e in found["win_rates"] if (e["a"], e["b"]) == ("dpo", "sft"))
     assert (ours.count(1.0), ours.count(0.5), ours.count(0.0)) == (entry["wins"], entry["ties"], entry["losses"])
-    assert [row["reply"] for row in rows if row["model"] == "dpo"] == kept_replies(made(), "dpo", found)[:12]
+    assert {row["reply"] for row in rows if row["model"] == "dpo"} <= {*kept_replies(made(), "dpo", found)}
 
 
 # Side by side
