@@ -153,9 +153,9 @@ def test_figures_are_those_that_training_ended_with(found, made):
 
 def test_win_rates_are_the_toys_rule_in_a_plain_loop(found, file, made):
     verdicts = [v for v in beside(file, "verdicts") if {v["a"], v["b"]} == {"dpo", "sft"}]
-    replies = {name: kept_replies(made(), name, found) for name in ("dpo", "sft")}
-    scores = [toy.score(v["prompt"], replies["dpo"][i]) - toy.score(v["prompt"], replies["sft"][i])
-              for i, v in enumerate(verdicts)]  # fmt: skip
+    replies = {(row["model"], row["prompt"]): row["reply"] for row in beside(file, "replies")}
+    points = lambda model, prompt: toy.score(prompt, replies[model, prompt])
+    scores = [points("dpo", v["prompt"]) - points("sft", v["prompt"]) for v in verdicts]
     expected = sum(0.5 + 0.5 * ((s > 0) - (s < 0)) for s in scores) / len(scores)
     entry = next(e for e in found["win_rates"] if {e["a"], e["b"]} == {"dpo", "sft"})
     assert (entry["a"], entry["win_rate"]["mean"], entry["win_rate"]["n"]) == ("dpo", pytest.approx(expected), 12)
