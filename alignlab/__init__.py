@@ -221,30 +221,28 @@ def plan(recipe: Recipe, gpu: float | None = None) -> Result:
 
 def train_sft(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
     """Supervised fine-tuning on the chosen replies; a finished run is left as it is unless `force` is given."""
-    from alignlab.train import stages
-
-    return Run(stages.train_sft(recipe, name=name, force=force).path)
+    return _trained("sft", recipe, name, force)
 
 
 def train_dpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
     """DPO from the recipe's SFT run, which is trained first where it is missing."""
-    from alignlab.train import stages
-
-    return Run(stages.train_dpo(recipe, name=name, force=force).path)
+    return _trained("dpo", recipe, name, force)
 
 
 def train_kto(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
     """KTO from the recipe's SFT run: it learns from thumbs, or from pairs taken apart."""
-    from alignlab.train import stages
-
-    return Run(stages.train_kto(recipe, name=name, force=force).path)
+    return _trained("kto", recipe, name, force)
 
 
 def train_orpo(recipe: Recipe, *, name: str | None = None, force: bool = False) -> Run:
     """ORPO from the base model: SFT and preferences in one stage."""
+    return _trained("orpo", recipe, name, force)
+
+
+def _trained(stage: str, recipe: Recipe, name: str | None, force: bool) -> Run:
     from alignlab.train import stages
 
-    return Run(stages.train_orpo(recipe, name=name, force=force).path)
+    return Run(getattr(stages, f"train_{stage}")(recipe, name=name, force=force).path)
 
 
 def evaluate(*runs: Run | str | Path, judge: str | None = None, **options: Any) -> Result:

@@ -143,3 +143,16 @@ def load(folders):
     from transformers import AutoModelForCausalLM
 
     return lambda name: AutoModelForCausalLM.from_pretrained(folders[name], dtype="float32").eval()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, headless; a test that needs it is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs a Chromium on the path")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

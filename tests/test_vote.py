@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import random
 import re
-import shutil
 import signal
 import socket
 import sqlite3
@@ -336,18 +335,6 @@ def test_a_server_killed_fifty_times_loses_no_acknowledged_vote(tmp_path):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("needs a Chromium on the path")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def enter(page, server: Server, name: str) -> None:

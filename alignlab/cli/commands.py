@@ -394,12 +394,9 @@ def _launch(args: argparse.Namespace, recipe) -> int:
 
 
 def _recipe(args: argparse.Namespace):
-    from alignlab.data.rows import refuse_missing_paths
-    from alignlab.recipe.load import load_recipe
+    from alignlab import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    refuse_missing_paths(recipe)
-    return recipe
+    return load_recipe(args.recipe, *args.overrides)
 
 
 CALLS = {
