@@ -327,10 +327,11 @@ class ResultCache:
 
 
 def remove_left_behind(folder: Path, pattern: str = ".*") -> None:
-    """Removes what processes that have ended were writing in a folder."""
+    """Removes what processes that have ended were writing in a folder, as far as we may."""
     for path in folder.glob(pattern):
         if BESIDE.fullmatch(path.name) and not _is_being_written(path):
-            remove(path)
+            with contextlib.suppress(MachineError):
+                remove(path)
 
 
 def _is_being_written(path: Path) -> bool:

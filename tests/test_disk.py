@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from alignlab import disk
 from alignlab.cli.commands import main
+from alignlab.data import prepared
 from alignlab.data.account import make_folder
 
 values = st.recursive(
@@ -155,12 +156,14 @@ def test_the_cache_lists_what_was_left_behind_and_clears_it(cache, capsys):
     assert all((cache / name).exists() for name in kept) and not any((cache / name).exists() for name in left)
 
 
-def test_rows_of_a_killed_process_are_left_behind(cache):
+def test_rows_of_a_killed_process_are_left_behind_until_rows_are_prepared_again(cache):
     code = "import os; from alignlab.data.account import make_folder; make_folder(); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     own = make_folder()
     (left,) = disk.left_in_cache()
     assert left.parent == cache and left != own and own.is_dir()
+    prepared.find_or_make({"of": 1}, "of a test", lambda folder: {})
+    assert not left.exists() and own.is_dir()
 
 
 def test_a_marker_is_json_with_size_and_hash(tmp_path):

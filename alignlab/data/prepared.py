@@ -38,6 +38,7 @@ def find_or_make(facts: Mapping[str, Any] | None, about: str, make: Callable[[Pa
 
     Without facts, or where the cache cannot be written, it is made in a folder that goes when the process ends.
     """
+    disk.remove_left_behind(disk.cache_folder(), ".data.*.tmp")  # Arrow files of processes that were killed
     if facts is None:
         return _make_apart(make)
     folder = prepared_folder() / disk.digest(facts)

@@ -242,7 +242,8 @@ def outcome(folder: Path) -> dict[str, str]:
     for file in sorted(
         [*folder.glob("runs/**/eval.json"), *folder.glob("runs/*/sweep.json"), *folder.glob("runs/*/rounds.json")]
     ):
-        found[str(file.relative_to(folder / "runs"))] = _hash(_timeless(json.loads(file.read_text())))
+        text = file.read_text().replace(str(folder), "")
+        found[str(file.relative_to(folder / "runs"))] = _hash(_timeless(json.loads(text)))
     for file in sorted([*folder.glob("pairs.jsonl"), *folder.glob("runs/*/pairs/*.jsonl")]):
         found[str(file.relative_to(folder))] = _hash(file.read_bytes())
     for file in sorted(folder.glob("out/*.safetensors")):
@@ -250,7 +251,7 @@ def outcome(folder: Path) -> dict[str, str]:
     return found
 
 
-TIMES = {"time", "seconds", "versions", "started", "finished", "wall", "hours"}
+TIMES = {"time", "seconds", "versions", "started", "finished", "made", "wall", "hours", "checksum"}  # and their hash
 
 
 def _timeless(value):
