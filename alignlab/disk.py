@@ -50,8 +50,9 @@ def _beside(path: Path) -> Path:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well, and is gone when it does not.
 
-    So a reader sees the old file or the new one, never half of one.
+    So a reader sees the old file or the new one, never half of one. What a killed process left of it goes.
     """
+    remove_left_behind(path.parent, f".{path.name}.*")
     beside = _beside(path)
     try:
         with beside.open("xb") as file:
@@ -67,7 +68,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 def filling(path: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `path` when the block ends well, and is gone when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(path.parent, f".{path.name}.*.tmp")
+    remove_left_behind(path.parent, f".{path.name}.*")
     beside = _beside(path)
     beside.mkdir()
     try:

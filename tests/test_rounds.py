@@ -15,7 +15,7 @@ from alignlab.measure.generate import Reply
 from alignlab.models.load import weights_hash
 from alignlab.recipe.load import load_recipe
 from alignlab.rounds import rounds
-from alignlab.rounds.rounds import Round, Work, render, run_rounds
+from alignlab.rounds.rounds import Round, Work, render, run_rounds, write_page
 from alignlab.rounds.scores import Seat
 from alignlab.runs.run import Run
 from alignlab.text.estimate import Estimate
@@ -104,6 +104,15 @@ def test_the_same_call_trains_nothing_again_and_says_the_same(here):
     run_rounds(load_recipe("quick"), judge=as_short_as_can_be)
     assert {file: file.stat().st_mtime_ns for file in here.glob("*/model/*.safetensors")} == before
     assert (here / "rounds.json").read_text() == told
+
+
+def test_the_page_stands_beside_rounds_json_and_not_in_its_place(here):
+    told = (here / "rounds.json").read_text()
+    found = run_rounds(load_recipe("quick"), judge=as_short_as_can_be)
+    for _ in range(2):
+        page = write_page(found, here, here / "rounds.json")
+        assert page == here / "rounds.html" and "rounds-2" in page.read_text()
+        assert (here / "rounds.json").read_text() == told
 
 
 @pytest.mark.slow

@@ -230,9 +230,10 @@ def _frontiers(sweep: Sweep) -> list[Frontier]:
 
 def _write(page: Page, file: Path, figures: Path | None) -> Path:
     try:
-        write_text(
-            file.with_suffix(".json"), json.dumps(as_json(page), ensure_ascii=False, separators=(",", ":")) + "\n"
-        )
+        if not _is_of_another(file.with_suffix(".json")):
+            write_text(
+                file.with_suffix(".json"), json.dumps(as_json(page), ensure_ascii=False, separators=(",", ":")) + "\n"
+            )
         write_text(file, render(page, file))
         if figures:
             _write_figures(page, figures)
@@ -241,6 +242,17 @@ def _write(page: Page, file: Path, figures: Path | None) -> Path:
             raise
         raise RunError(f"{file} cannot be written ({e.strerror}); copy the runs to where you may write") from None
     return file
+
+
+def _is_of_another(file: Path) -> bool:
+    """Whether no page wrote this JSON file: `rounds.json` beside `rounds.html` is what `alignlab rounds` found."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return file.name not in ("report.json", "compare.json")  # what a killed or damaged page left is made again
+    return not (isinstance(found, dict) and "kind" in found and "columns" in found)
 
 
 def _write_figures(page: Page, folder: Path) -> None:
