@@ -125,7 +125,7 @@ def read_lines(path: Path, **needed: type) -> list[dict[str, Any]]:
         return []
     rows, damaged = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        if (row := _row(line, needed)) is not None:
+        if (row := read_row(line, **needed)) is not None:
             rows.append(row)
         elif line.strip():
             damaged.append(number)
@@ -135,7 +135,8 @@ def read_lines(path: Path, **needed: type) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(line: bytes, needed: Mapping[str, type]) -> dict[str, Any] | None:
+def read_row(line: bytes, **needed: type) -> dict[str, Any] | None:
+    """A line as a JSON object with these keys; none where it is something else, or cut off."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

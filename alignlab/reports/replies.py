@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.data.transcript import ASSISTANT
+from alignlab.disk import read_lines
 from alignlab.runs.evaluation import HELD_OUT, REPLIES, Evaluation
 from alignlab.runs.facts import RunFacts
-from alignlab.runs.logs import read_row
 from alignlab.text.estimate import is_number
 from alignlab.text.safe import harmless
 
@@ -81,7 +81,7 @@ class Replies:
 def judged_replies(folder: Path, found: Evaluation) -> Replies | None:
     """What `alignlab eval` wrote beside its `eval.json`; none where it wrote no replies."""
     file = folder / REPLIES
-    rows = [row for line in (file.read_bytes().splitlines() if file.is_file() else ()) if (row := read_row(line))]
+    rows = read_lines(file)
     by_prompt: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_prompt.setdefault((row.get("prompts"), row.get("number")), []).append(row)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alignlab.disk import read_row
 from alignlab.text.estimate import is_number
 
 MetricRow = Mapping[str, Any]
@@ -47,19 +47,10 @@ def last_samples(file: Path) -> list[Mapping[str, Any]]:
     """The rows of a run's last sampling: those of the test split where there is one."""
     rows: list[Mapping[str, Any]] = []
     for line in reversed(file.read_bytes().split(b"\n") if file.is_file() else []):
-        row = read_row(line)
-        if row is None or not all(isinstance(row.get(key), str) for key in ("prompt", "reply")):
+        row = read_row(line, prompt=str, reply=str)
+        if row is None:
             continue
         if rows and (row.get("step"), row.get("split")) != (rows[0].get("step"), rows[0].get("split")):
             break
         rows.append(row)
     return rows[::-1]
-
-
-def read_row(line: bytes) -> dict[str, Any] | None:
-    """A line as a JSON object; none where it is something else, or cut off."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one too
-        return None
-    return row if isinstance(row, dict) else None
