@@ -1,4 +1,4 @@
-"""A minute of the campaigns of tests/torture: kinds of kills, and fuzzed input, as `make torture` runs them for hours."""
+"""A minute of the campaigns of tests/torture: kills and fuzzed input, as `make torture` runs them for hours."""
 
 from __future__ import annotations
 
