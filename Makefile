@@ -10,7 +10,7 @@ LAUNCHED := $(if $(LAUNCH),--launch $(LAUNCH))
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 .DEFAULT_GOAL := help
-.PHONY: help install lab notebooks test-lab demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache gemma270m reproduce canary pairs rounds chat serve vote torture bench bench-real bench-all bench-gpu
+.PHONY: help install lab notebooks test-lab demo test quick check list show data plan sft dpo kto orpo objectives sweep eval report compare export cache gemma270m reproduce canary contract pairs rounds chat serve vote torture bench bench-real bench-all bench-gpu
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/' | expand -t 12
@@ -122,6 +122,9 @@ objectives: install  ## tiny by SFT, DPO, KTO and ORPO over five seeds: quality 
 
 canary: install  ## the newest TRL and its like in .venv-canary, under the tests of the seams: what would break
 	$(BIN)/python tests/canary
+
+contract: install  ## TRL's own tests of its DPOTrainer, from a clone in TRL, on alignlab's trainer: five minutes
+	$(BIN)/python tests/contract $(TRL)
 
 torture: install  ## kills at random moments, compared with runs never killed; 40 minutes a part, the next call goes on
 	$(BIN)/python tests/torture kills
