@@ -56,9 +56,17 @@ def workplace(folders, tmp_path_factory) -> Path:
             facts = {"model": folders["llama"], "quantized": str(quantized == "quantized").lower(), "batch": 8 // ranks}
             facts["sft_batch"] = 8 if quantized == "quantized" else 8 // ranks  # whose SFT run both share
             (folder / "recipes" / f"{quantized}{ranks}.yaml").write_text(RECIPE.format(**LORA, **facts))
-    for name, batch in (("full1", 8), ("full-ddp", 4)):
+    for name, weights, batch in (
+        ("full1", FULL, 8),
+        ("full-ddp", FULL, 4),
+        ("full-fsdp2", FULL, 4),
+        ("plain-fsdp2", LORA, 4),
+    ):
         facts = {"model": folders["llama"], "quantized": "false", "batch": batch, "sft_batch": batch}
-        (folder / "recipes" / f"{name}.yaml").write_text(RECIPE.format(**FULL, **facts))
+        (folder / "recipes" / f"{name}.yaml").write_text(RECIPE.format(**weights, **facts))
+    (folder / "fsdp2.yaml").write_text(
+        (CONFIGS / "fsdp2.yaml").read_text().replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true")
+    )
     return folder
 
 
@@ -97,6 +105,23 @@ def test_all_weights_trained_on_two_ranks_are_those_on_one(workplace):
     for stage in ("sft", "dpo"):
         assert (done := on_two_ranks(workplace, stage, "full-ddp")).returncode == 0, done.stderr
         assert_same_training(*(Run(workplace / "runs" / each / stage) for each in ("full1", "full-ddp")), within=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "full"])
+def test_weights_sharded_over_two_ranks_are_trained_as_on_one(name, workplace):
+    """FSDP2: the losses of one process, and killed and resumed the run that was never killed."""
+    sharded, how = f"{name}-fsdp2", {"launch_file": workplace / "fsdp2.yaml"}
+    train_dpo(load_recipe(str(workplace / f"recipes/{name}1.yaml")), root=workplace / "runs")
+    for stage in ("sft", "dpo"):
+        assert (done := on_two_ranks(workplace, stage, sharded, **how)).returncode == 0, done.stderr
+        assert_same_training(*(Run(workplace / "runs" / each / stage) for each in (f"{name}1", sharded)), within=1e-3)
+    felled = Run(workplace / "runs" / sharded / "felled")
+    process, said = with_a_rank_killed(1, workplace, felled, past_step=4, **how)
+    assert process.returncode == 128 + signal.SIGKILL and "Traceback" not in said, said
+    resumed = on_two_ranks(workplace, "dpo", sharded, "--run", "felled", **how)
+    assert resumed.returncode == 0 and "resuming from" in resumed.stderr, resumed.stderr
+    same(felled, Run(workplace / "runs" / sharded / "dpo"))
 
 
 def assert_two_are_one(workplace: Path, name: str, within: float) -> None:
