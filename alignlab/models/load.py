@@ -140,15 +140,26 @@ def load_weights(section: ModelSection, name: str | None = None) -> PreTrainedMo
         weights = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=_placement(), **chosen, **quantized, **_where(section, name)
         )
-    leave_router_logits_out(weights)
+    make_sampleable(weights)
     return weights
 
 
-def leave_router_logits_out(model: PreTrainedModel) -> None:
-    """Of a mixture of experts, but where TRL's loss asks for them: `generate` fails with them (transformers 5.23)."""
+def make_sampleable(model: PreTrainedModel) -> None:
+    """Leaves a mixture's router logits out, but where TRL's loss asks for them: `generate` fails with them.
+
+    That loss asks for `num_experts`, which some configs have under another name alone (transformers 5.23, TRL 1.16).
+    Raises ModelError where `generate` would fail all the same.
+    """
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
+    if {*(getattr(config, "layer_types", None) or ["attention"])} <= {"mamba", "linear_attention", "conv"}:
+        raise ModelError(
+            f"{config.model_type} with no layer of attention cannot be sampled from by transformers 5.23; "
+            "choose a model.name with attention layers"
+        )
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        type(config).attribute_map = {**type(config).attribute_map, "num_experts": "num_local_experts"}
 
 
 def load_config(section: ModelSection, name: str | None = None) -> PreTrainedConfig:

@@ -24,8 +24,8 @@ from alignlab.measure.heldout import PairLogps
 from alignlab.models.load import (
     PICKLED_STATE,
     PICKLED_WEIGHTS,
-    leave_router_logits_out,
     load_adapters,
+    make_sampleable,
     refuse_changed,
     refuse_pickles,
 )
@@ -143,7 +143,7 @@ class AlignSFTTrainer(_Seams, SFTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        leave_router_logits_out(self.model)
+        make_sampleable(self.model)
 
     def compute_loss(self, *args, **kwargs):
         """TRL's loss, with the LM head on reply tokens only, on a CPU too."""

@@ -43,7 +43,7 @@ ARCHITECTURES = {
     "gpt_neox": {},
     "gpt_oss": {"head_dim": 16, **EXPERTS, **WINDOW},
     "granite": {},
-    "granitemoehybrid": {"shared_intermediate_size": 64, **EXPERTS},
+    "granitemoehybrid": {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention"], **EXPERTS},
     "lfm2": {"block_multiple_of": 16, "layer_types": ["conv", "full_attention"]},
     "mamba": {},
     "mistral": {"head_dim": 16, **WINDOW},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import random
 import shutil
@@ -242,8 +243,10 @@ def outcome(folder: Path) -> dict[str, str]:
     for file in sorted(
         [*folder.glob("runs/**/eval.json"), *folder.glob("runs/*/sweep.json"), *folder.glob("runs/*/rounds.json")]
     ):
-        text = file.read_text().replace(str(folder), "")
-        found[str(file.relative_to(folder / "runs"))] = _hash(_timeless(json.loads(text)))
+        told = json.loads(file.read_text().replace(str(folder), ""))
+        figures: dict[str, str] = {}
+        found[str(file.relative_to(folder / "runs"))] = _hash(_timeless(told, figures))
+        found |= {f"{file.relative_to(folder / 'runs')}{name}": value for name, value in figures.items()}
     for file in sorted([*folder.glob("pairs.jsonl"), *folder.glob("runs/*/pairs/*.jsonl")]):
         found[str(file.relative_to(folder))] = _hash(file.read_bytes())
     for file in sorted(folder.glob("out/*.safetensors")):
@@ -254,18 +257,21 @@ def outcome(folder: Path) -> dict[str, str]:
 TIMES = {"time", "seconds", "versions", "started", "finished", "made", "wall", "hours", "checksum"}  # and their hash
 
 
-def _timeless(value):
-    """Without times, and figures to five digits: the last bits of a float32 product depend on where its operands lie in
-    memory, so that an evaluation that reads its replies scores them by other last bits than one that sampled them."""
+def _timeless(value, figures: dict[str, str], name: str = ""):
+    """Without times; floats go to `figures` by their place, which `differences` compares to five digits.
+
+    The last bits of a float32 product depend on where its operands lie in memory. So an evaluation that reads its
+    replies scores them by other last bits than one that sampled them.
+    """
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        figures[name] = repr(value)
+        return None
     if isinstance(value, dict):
         if value.get("measure") == "hours":
             return None
-        return {
-            k: _timeless(v) for k, v in value.items() if k not in TIMES and "seconds" not in k and "memory" not in k
-        }
-    return [_timeless(v) for v in value] if isinstance(value, list) else value
+        kept = [k for k in value if k not in TIMES and "seconds" not in k and "memory" not in k]
+        return {k: _timeless(value[k], figures, f"{name}.{k}") for k in kept}
+    return [_timeless(v, figures, f"{name}.{i}") for i, v in enumerate(value)] if isinstance(value, list) else value
 
 
 def _without_times(rows: list[dict]) -> list[dict]:
@@ -285,7 +291,17 @@ def _hash(value) -> str:
 
 
 def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    return sorted(name for name in one.keys() | other.keys() if not _alike(one.get(name), other.get(name)))
+
+
+def _alike(one: str | None, other: str | None) -> bool:
+    """Equal, or figures that are equal to five digits."""
+    if one == other or one is None or other is None:
+        return one == other
+    try:
+        return math.isclose(float(one), float(other), rel_tol=1e-5, abs_tol=1e-6)
+    except ValueError:
+        return False
 
 
 def random_death(draw: random.Random, changes: int, window: int, seconds: float) -> Death:
