@@ -48,10 +48,11 @@ test: install    ## the whole test suite
 quick: install   ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
-check: install   ## format, lint, types, tests
+check: install   ## format, lint, types, dependencies, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/deptry alignlab
 	$(BIN)/pytest
 
 list: install    ## the recipes

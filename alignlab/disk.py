@@ -313,7 +313,7 @@ class ResultCache:
         about: str,
     ) -> list[Any]:
         """The values of all keys, in their order; `compute` gives those not there yet, `at_once` of them at a time."""
-        from tqdm.auto import tqdm
+        from huggingface_hub.utils import tqdm
 
         missing = [key for key in wanted if key not in self.values]
         with tqdm(total=len(missing), desc=about, leave=False, disable=None if missing else True) as bar:

@@ -5,8 +5,10 @@ AlignlabError
 ├── DataError      rows that cannot be read, or none that can be used
 ├── ModelError     a model, tokenizer or adapter that is missing or does not fit
 ├── RunError       a run directory in use, of another recipe, or damaged
-└── MachineError   what this machine lacks: a GPU, bfloat16, disk space, the network
+└── MachineError   what this machine lacks: a GPU, bfloat16, disk space, the network, a library
 """
+
+import importlib.util
 
 
 class AlignlabError(Exception):
@@ -30,4 +32,26 @@ class RunError(AlignlabError):
 
 
 class MachineError(AlignlabError):
-    """What this machine lacks: a GPU, bfloat16, disk space, the network."""
+    """What this machine lacks: a GPU, bfloat16, disk space, the network, a library."""
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raises MachineError where a module is missing that `what` needs, and the extra that brings it."""
+    if line := lacks(what, extra, *modules):
+        raise MachineError(line)
+
+
+def lacks(what: str, extra: str, *modules: str) -> str | None:
+    """Which of the modules that `what` needs are missing, in one line that says how to install them; else none."""
+    missing = [name.replace("_", "-") for name in modules if not _is_there(name)]
+    if not missing:
+        return None
+    are = "is" if len(missing) == 1 else "are"
+    return f"{what} needs {' and '.join(missing)}, which {are} not installed; pip install 'alignlab[{extra}]'"
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False

@@ -9,7 +9,6 @@ checked, put together and turned into float32 weights, once. Gemma's terms of us
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 import psutil
 
 from alignlab.disk import explain, make_once
-from alignlab.errors import AlignlabError, DataError, MachineError
+from alignlab.errors import AlignlabError, DataError, MachineError, need
 from alignlab.recipe.load import model_folder
 
 NAME = "gemma270m"
@@ -49,8 +48,7 @@ def make() -> Path:
 
 def check_machine(folder: Path, disk: float = DISK, memory: float = MEMORY) -> None:
     """Raises MachineError where the machine has not what making and training the model take."""
-    if importlib.util.find_spec("gguf") is None:
-        raise MachineError("the package gguf, which reads the file, is not installed; run `pip install gguf`")
+    need("reading the file", "gguf", "gguf")
     there = next(each for each in folder.parents if each.is_dir())
     if (free := shutil.disk_usage(there).free) < disk:
         remedy = "make room, or set ALIGNLAB_CACHE to a folder elsewhere"

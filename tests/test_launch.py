@@ -234,6 +234,12 @@ def test_a_launch_file_that_is_not_there_is_refused(tmp_path):
         launch.read_config(tmp_path / "x.yaml")
 
 
+def test_a_launch_file_of_alignlab_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert launch.read_config(Path("accelerate_configs/two-cpu.yaml"))["num_processes"] == 2
+    assert launch.find_config(Path("two-cpu.yaml")) == Path("two-cpu.yaml")
+
+
 @pytest.mark.parametrize("file", ["fsdp2.yaml", "zero2.yaml"])
 def test_4bit_with_sharded_weights_is_refused_with_what_works(file):
     section = load_recipe("mistral").model

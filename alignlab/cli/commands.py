@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from alignlab.cli.options import read_arguments
 from alignlab.disk import explain
-from alignlab.errors import AlignlabError, RecipeError, RunError
+from alignlab.errors import AlignlabError, RecipeError, RunError, need
 from alignlab.recipe.objectives import STAGES
 from alignlab.text.safe import harmless, harmless_json, one_line
 from alignlab.train.launch import Killed, leave
@@ -146,12 +146,11 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from alignlab.evaluation.judge import read_judge
     from alignlab.runs.selection import find_runs
 
-    runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
-    from alignlab.evaluation.judge import read_judge
-
     read_judge(args.judge)
+    runs = find_runs(args.recipe, args.overrides, run=args.run, runs=args.runs, best=args.best)
     from alignlab.text.tables import check_table, write_table
 
     check_table(args.table)
@@ -222,10 +221,12 @@ def _export(args: argparse.Namespace) -> None:
 def _pairs(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     from alignlab import make_pairs
+    from alignlab.evaluation.judge import read_judge
     from alignlab.recipe.load import run_name
     from alignlab.rounds.pairs import next_command
     from alignlab.runs.run import find_run
 
+    read_judge(args.judge)
     run, out = find_run(args.recipe, args.run or run_name(recipe, "sft")), Path(args.out)
     judge = args.judge or ("rule" if recipe.data.source == "toy" and not args.constitution else None)
     names = ("prompt_column", "limit", "samples", "keep", "url", "max_requests", "seed", "batch_size")
@@ -282,6 +283,7 @@ def _vote(args: argparse.Namespace) -> None:
         write_votes(Path(args.export), votes)
         _print(f"{args.export}: {len(votes)} votes")
         return
+    need("alignlab vote", "people", "fastapi", "uvicorn", "evalica")
     from alignlab.people.serve import check_address
 
     runs = [finished(find_run(args.recipe, name)) for name in args.runs or [None]]

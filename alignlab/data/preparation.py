@@ -142,7 +142,7 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def _progress(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    from tqdm.auto import tqdm
+    from huggingface_hub.utils import tqdm
 
     quiet = os.environ.get("LOCAL_RANK", "0") != "0" or None  # none: shown on a terminal only
     return iter(tqdm(rows, desc="preparing pairs", unit=" rows", leave=False, disable=quiet))

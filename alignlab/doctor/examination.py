@@ -20,7 +20,7 @@ from alignlab.doctor.costs import Rows, costs
 from alignlab.doctor.damage import find_damage
 from alignlab.doctor.description import describe
 from alignlab.doctor.doubles import double_findings
-from alignlab.doctor.finding import LEVELS, Finding, Shown
+from alignlab.doctor.finding import LEVELS, Finding, Shown, why_left_out
 from alignlab.doctor.limits import limit_findings
 from alignlab.doctor.near import near_findings
 from alignlab.doctor.reading import reading_findings
@@ -54,6 +54,8 @@ def examine(
     found = [*_findings(bare, form, asked), *shortcuts.findings]
     found.sort(key=lambda one: (LEVELS.index(one.level), not one.count))
     description = describe(prepared, recipe.data, tokenizer)
+    if line := why_left_out():
+        log.warning("data: %s", line)
     log.info("data: %d things looked for, in %.1f s", len(found), time.perf_counter() - began)
     return {
         **description,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
+
+from alignlab.errors import lacks
 
 Level = Literal["wrong", "doubtful", "note"]  # must be mended; look at it; good to know
 
@@ -18,6 +21,7 @@ NAMES = (  # of all that is looked for, as `--fail-on` takes them; that of a pro
     *("empty-replies", "messages-in-replies", "one-word-replies", "cut-off-replies"),
     *("refusal-only-replies", "refusals-preferred", "refusals-rejected", "length-bias", "shallow-features"),
 )
+NEEDS = {"datasketch": ("near-duplicates", "near-overlap", "prompt-overlap"), "ftfy": ("mojibake",)}  # of the extra
 SHOWN = 3  # rows that stand for all
 
 
@@ -49,3 +53,14 @@ class Finding:
 def few(shown: Iterable[Shown]) -> tuple[Shown, ...]:
     """The first of them that stand for all; the rest is not read."""
     return tuple(one for one, _ in zip(shown, range(SHOWN), strict=False))
+
+
+@cache
+def left_out() -> tuple[str, ...]:
+    """The findings that are not looked for, since the optional library that makes them is not installed."""
+    return tuple(name for module, names in NEEDS.items() if lacks("", "doctor", module) for name in names)
+
+
+def why_left_out() -> str | None:
+    """One line that names what is not looked for, and what to install."""
+    return lacks(f"looking for {', '.join(left_out())}", "doctor", *NEEDS)

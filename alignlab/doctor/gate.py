@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alignlab.doctor.finding import LEVELS, NAMES
-from alignlab.errors import DataError
+from alignlab.doctor.finding import LEVELS, NAMES, left_out, why_left_out
+from alignlab.errors import DataError, MachineError
 from alignlab.recipe.fields import suggest
 
 
 def read_limits(written: Sequence[str]) -> dict[str, float]:
     """`overlap`, `wrong` or `near-duplicates=0.01` → the share of pairs above which the gate closes, by name.
 
-    Raises DataError for a name that is neither a finding nor a level, and for a share outside 0 to 1.
+    Raises DataError for a name that is neither a finding nor a level, and for a share outside 0 to 1; MachineError for
+    a finding that cannot be looked for here.
     """
     limits = {}
     for item in written:
         name, has_share, share = item.partition("=")
         if name not in (*NAMES, *LEVELS):
             raise DataError(f"--fail-on {item}: there is no finding {name!r}{suggest(name, (*NAMES, *LEVELS))}")
+        if name in left_out():
+            raise MachineError(f"--fail-on {item}: {why_left_out()}")
         limits[name] = _share(item, share) if has_share else 0.0
     return limits
 

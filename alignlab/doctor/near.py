@@ -25,12 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from datasketch import MinHash, MinHashLSH
 
 from alignlab.data.prepare import Prepared
 from alignlab.data.transcript import split_turns
 from alignlab.doctor.doubles import APART, QUOTED, Transcript, human_turns, letters, quote, verb
-from alignlab.doctor.finding import Finding, Shown, few
+from alignlab.doctor.finding import Finding, Shown, few, left_out
 from alignlab.errors import DataError
 
 NEAR = 0.8  # Jaccard similarity
@@ -64,8 +63,11 @@ def near_findings(
     """Training prompts near one another, held-out prompts near training, and prompts of files that training asks.
 
     `asked` are prompts to be evaluated on, as text or HH transcripts, by the name of their file. `transcript`
-    reads the turns of a prompt in another format than HH (`partial(alignlab.prompts.as_transcript, form)`).
+    reads the turns of a prompt in another format than HH (`partial(alignlab.prompts.as_transcript, form)`). Nothing is
+    looked for without datasketch, which is optional.
     """
+    if "near-overlap" in left_out():
+        return []
     found = _among_prompts(prepared, transcript)
     return [*found, *(_in_files(prepared, asked, transcript) if asked else ())]
 
@@ -190,6 +192,8 @@ def near_earlier(
 
     Texts must differ. `apart` says of two of the indexed texts that they are not to be matched.
     """
+    from datasketch import MinHash, MinHashLSH
+
     index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
     sketch = MinHash(BANDS * ROWS, hashfunc=xxhash.xxh32_intdigest)
     signatures: dict[int, np.ndarray] = {}

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ftfy.badness import BADNESS_RE
-
 from alignlab.data.transcript import split_turns
-from alignlab.doctor.finding import Level
+from alignlab.doctor.finding import Level, left_out
 from alignlab.measure.refusals import is_refusal
 from alignlab.text.safe import one_line
 
@@ -99,6 +97,8 @@ def find_mojibake(text: str) -> Span | None:
     """Characters that come of reading one encoding as another, by ftfy's heuristic, or U+FFFD in place of lost ones."""
     if text.isascii():
         return None
+    from ftfy.badness import BADNESS_RE
+
     lost = text.find("\ufffd")
     return (lost, lost + 1) if lost >= 0 else _span(BADNESS_RE.search(text))
 
@@ -290,6 +290,7 @@ SIGNS = (
 
 
 def signs(format: str, own: frozenset[str]) -> list[TextRule]:
-    """All rules, for prompts written in this format."""
+    """All rules that can be looked for here, for prompts written in this format."""
+    there = [sign for sign in SIGNS if sign.name not in left_out()]
     in_turns = partial(find_role_word_in_turns, format=format, own=own)
-    return [replace(sign, find=in_turns) if sign.columns == ["prompt"] else sign for sign in SIGNS]
+    return [replace(sign, find=in_turns) if sign.columns == ["prompt"] else sign for sign in there]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import logging
 import math
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.disk import hash_file
-from alignlab.errors import DataError, MachineError
+from alignlab.errors import DataError, MachineError, need
 from alignlab.text.estimate import Estimate
 from alignlab.text.tables import Row
 
@@ -25,8 +24,8 @@ def check_benchmarks(tasks: Sequence[str], folder: Path | None) -> None:
     """Says at once that a task's folder is not there, or that lm-eval is not installed."""
     if folder and not folder.is_dir():
         raise DataError(f"{folder}: no such folder of lm-eval tasks")
-    if tasks and importlib.util.find_spec("lm_eval") is None:
-        raise MachineError("--lm-eval needs lm-eval, which is not installed; pip install 'alignlab[lm-eval]'")
+    if tasks:
+        need("--lm-eval", "lm-eval", "lm_eval")
 
 
 def run_benchmarks(

@@ -148,6 +148,8 @@ def ratings(matches: Sequence[Matches], anchor: str) -> tuple[list[Rating], str]
     if not any(y is not None for match in matches for y in match.outcomes):
         return [], ""
     found = rate({(match.a, match.b): match.outcomes for match in matches}, anchor)
+    if not found:
+        return [], ""
     ranked = sorted(found.items(), key=lambda item: -item[1].mean)
     note = f"Bradley–Terry on the Elo scale, {anchor} is 1000 by definition; 400 points are odds of 10 to 1"
     if len(found) == 2:

@@ -145,7 +145,7 @@ class EndpointJudge:
 
     def _ask_all(self, questions: Mapping[str, str]) -> None:
         """Asks until all are answered, the budget is spent or the endpoint is given up; every answer is kept."""
-        from tqdm.auto import tqdm
+        from huggingface_hub.utils import tqdm
 
         self._stop.clear()
         in_a_row = 0

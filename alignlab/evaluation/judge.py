@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from alignlab.data.hub import stay_offline_without_hub
 from alignlab.data.toy import score
 from alignlab.data.transcript import ASSISTANT, HUMAN, split_turns
-from alignlab.errors import DataError, ModelError, RecipeError
+from alignlab.errors import DataError, ModelError, RecipeError, need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,6 +95,8 @@ def read_judge(said: str | None) -> tuple[str, str] | None:
         raise RecipeError(f"--judge {said} is no judge; {meant}write {KINDS}")
     if kind == "votes" and not Path(name).is_file():
         raise DataError(f"{name}: no such file of votes")
+    if kind == "llm":
+        need(f"--judge {said}", "judge", "openai")
     return kind, name
 
 
@@ -184,7 +186,7 @@ class RewardJudge:
     def _rewards(self, rows: Sequence[list[int]]) -> list[float]:
         """The reward of each row, computed in batches of like length."""
         import torch
-        from tqdm.auto import tqdm
+        from huggingface_hub.utils import tqdm
 
         limit = _longest_input(self.model, self.tokenizer)
         if long := sum(len(ids) > limit for ids in rows):

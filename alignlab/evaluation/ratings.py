@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from alignlab.errors import lacks
 from alignlab.text.estimate import LEVEL, Estimate
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,12 @@ def rate(outcomes: Outcomes, anchor: str, *, seed: int = 0, resamples: int = 100
     all pairs: 1, 0, ½, any value between, or none where it was not judged. A tie is half a win for each. Every pair
     that was compared counts as having drawn once more, so that a model that wins all has a finite rating; the
     bootstrap draws from the prompts and from two more, one won by every pair's first model and one by its second, so
-    that it has an interval too. A model that no comparison links with the anchor is left out, and named.
+    that it has an interval too. A model that no comparison links with the anchor is left out, and named. Without
+    evalica, which is optional, there are no ratings.
     """
+    if line := lacks("rating models", "judge", "evalica"):
+        log.warning("no ratings: %s", line)
+        return {}
     from scipy.stats import bootstrap
 
     linked = _linked(outcomes, anchor)

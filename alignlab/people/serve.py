@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import logging
 import shutil
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignlab.disk import cache_folder, digest, hash_file, make_once, write_json
-from alignlab.errors import MachineError
+from alignlab.errors import MachineError, need
 from alignlab.runs.run import Run
 
 log = logging.getLogger(__name__)
@@ -75,8 +74,7 @@ def server_command(folder: Path, host: str, port: int) -> list[str]:
     where = ["--host", host, "--port", str(port)]
     if (vllm := shutil.which("vllm")) and torch.cuda.is_available():
         return [vllm, "serve", str(folder), "--served-model-name", str(folder), "--generation-config", "auto", *where]
-    if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
-        raise MachineError(f"transformers serve needs {', '.join(missing)}; pip install 'alignlab[people]'")
+    need("transformers serve", "people", *NEEDS)
     beside = Path(sys.executable).with_name("transformers")
     return [str(beside) if beside.exists() else "transformers", "serve", str(folder), *where]
 

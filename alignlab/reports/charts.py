@@ -155,22 +155,6 @@ def in_page(svg: str, words: str) -> str:
     return f'<div class="drawing" role="img" aria-label="{escape(words)}">{svg[svg.index("<svg") :]}</div>'
 
 
-def spoken_curves(chart: Chart, labels: Mapping[str, str]) -> str:
-    """A chart in words, for those who do not see it: where each curve starts and ends."""
-    parts = []
-    for series in chart.series:
-        first, last = series.points[0], series.points[-1]
-        name = labels[series.run] if len(labels) > 1 else ""
-        who = " ".join(filter(None, [name, series.called, series.kind]))
-        parts.append(f"{who} from {first.value:.3g} at step {first.step} to {last.value:.3g} at step {last.step}")
-    return f"{chart.title}: {'; '.join(parts)}"
-
-
-def spoken_frontier(frontier: Frontier) -> str:
-    points = [f"{p.label} at KL {p.x.mean:.3g}, {p.y.mean:.3g}" for p in frontier.points]
-    return f"{frontier.title}: {'; '.join(points)}"
-
-
 @contextlib.contextmanager
 def _drawing(title: str) -> Iterator[None]:
     """matplotlib's own defaults and ours, whatever a matplotlibrc says; the same drawing has the same bytes."""

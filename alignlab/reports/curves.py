@@ -216,3 +216,19 @@ def thin(points: Sequence[Point], most: int, always: int | None = None) -> list[
             stretch = edge[start:end]
             kept.add(start + stretch.index(pick(stretch)))
     return [points[at] for at in sorted(kept)]
+
+
+def spoken_curves(chart: Chart, labels: Mapping[str, str]) -> str:
+    """A chart in words, for those who do not see it: where each curve starts and ends."""
+    parts = []
+    for series in chart.series:
+        first, last = series.points[0], series.points[-1]
+        name = labels[series.run] if len(labels) > 1 else ""
+        who = " ".join(filter(None, [name, series.called, series.kind]))
+        parts.append(f"{who} from {first.value:.3g} at step {first.step} to {last.value:.3g} at step {last.step}")
+    return f"{chart.title}: {'; '.join(parts)}"
+
+
+def spoken_frontier(frontier: Frontier) -> str:
+    points = [f"{p.label} at KL {p.x.mean:.3g}, {p.y.mean:.3g}" for p in frontier.points]
+    return f"{frontier.title}: {'; '.join(points)}"

@@ -16,12 +16,11 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 
 from alignlab import __version__
 from alignlab.disk import write_text
-from alignlab.errors import RunError
-from alignlab.reports.curves import Chart, Frontier, Member, draw_up
+from alignlab.errors import RunError, lacks, need
+from alignlab.reports.curves import Chart, Frontier, Member, draw_up, spoken_curves, spoken_frontier
 from alignlab.reports.replies import MOST_ROWS, Replies, judged_replies, sampled_replies
 from alignlab.reports.rows import compare_rows, own_rows
 from alignlab.reports.verdict import Verdict, compare_verdict, duration, sweep_verdict, verdict
@@ -229,6 +228,8 @@ def _frontiers(sweep: Sweep) -> list[Frontier]:
 
 
 def _write(page: Page, file: Path, figures: Path | None) -> Path:
+    if figures:
+        need("--figures", "report", "matplotlib")
     try:
         if not _is_of_another(file.with_suffix(".json")):
             write_text(
@@ -267,41 +268,55 @@ class Drawing:
     """A chart as a file, and in words for those who do not see it."""
 
     title: str
-    svg: str
+    svg: str  # empty without matplotlib, which is optional
     words: str
     note: str = ""
     chart: Chart | None = None  # whose numbers stand below it
 
     @property
-    def element(self) -> Markup:
+    def element(self) -> str:
         from alignlab.reports.charts import in_page
 
-        return Markup(in_page(self.svg, self.words))
+        return in_page(self.svg, self.words)
+
+
+def _no_charts() -> str | None:
+    return lacks("drawing charts", "report", "matplotlib")
+
+
+def _charts() -> Any:
+    """The module that draws; none where matplotlib, which is optional, is not installed."""
+    if _no_charts():
+        return None
+    from alignlab.reports import charts
+
+    return charts
 
 
 def _drawings(page: Page) -> Iterator[Drawing]:
-    from alignlab.reports import charts
-
+    charts = _charts()
     labels = _labels(page.runs)
     for frontier in page.frontiers:
-        yield Drawing(frontier.title, charts.draw_frontier(frontier), charts.spoken_frontier(frontier))
+        svg = charts.draw_frontier(frontier) if charts else ""
+        yield Drawing(frontier.title, svg, spoken_frontier(frontier))
     for chart in page.charts:
-        svg, words = charts.draw_curves(chart, labels), charts.spoken_curves(chart, labels)
-        yield Drawing(chart.title, svg, words, chart.note, chart)
+        svg = charts.draw_curves(chart, labels) if charts else ""
+        yield Drawing(chart.title, svg, spoken_curves(chart, labels), chart.note, chart)
 
 
 def _drawings_of_data(found: Examination) -> Iterator[Drawing]:
     """Of the data, with the numbers behind them as text."""
-    from alignlab.reports import charts
-
+    charts = _charts()
     tokens = "; ".join(
         f"{name}: median {of.median:,}, 95% at most {of.p95:,}, longest {of.max:,}" for name, of in found.tokens.items()
     )
-    yield Drawing("Length in tokens", charts.draw_lengths(found.histogram), "Length of texts", f"{tokens} tokens.")
+    lengths = charts.draw_lengths(found.histogram) if charts else ""
+    yield Drawing("Length in tokens", lengths, "Length of texts", f"{tokens} tokens.")
     features = [each for each in found.features if each.n and each.high is not None]
     shares = "; ".join(f"{each.name} {each.accuracy:.1%} ({each.low:.1%} to {each.high:.1%})" for each in features)
     note = f"Share of pairs, 95% interval: {shares}."
-    yield Drawing("What tells the chosen reply", charts.draw_features(features), "What tells the chosen reply", note)
+    telling = charts.draw_features(features) if charts else ""
+    yield Drawing("What tells the chosen reply", telling, "What tells the chosen reply", note)
 
 
 def as_json(page: Page) -> dict[str, Any]:
@@ -341,7 +356,8 @@ def render(page: Page, file: Path) -> str:
     drawings = list(_drawings(page))
     context = {
         **vars(page),
-        "css": Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+        "css": Path(__file__).with_name("report.css").read_text(encoding="utf-8"),
+        "notices": [*page.notices, *filter(None, [_no_charts()])],
         "curves": [drawing for drawing in drawings if drawing.chart],
         "frontiers": [drawing for drawing in drawings if not drawing.chart],
         "labels": _labels(runs),

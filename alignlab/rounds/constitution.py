@@ -11,16 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from alignlab.errors import RecipeError
-from alignlab.evaluation.endpoint import EndpointJudge
 from alignlab.evaluation.judge import Contest, read_judge
 from alignlab.recipe.load import Recipe
 from alignlab.rounds.pairs import Ask, Made, Sampled, Source, usable_replies
 from alignlab.runs.run import Run
+
+if TYPE_CHECKING:
+    from alignlab.evaluation.endpoint import EndpointJudge
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ def _writer(ask: Ask) -> EndpointJudge:
     judge = read_judge(ask.judge) if isinstance(ask.judge, str) else None
     if judge is None or judge[0] != "llm":
         raise RecipeError("a constitution needs a model that can write; name one with --judge llm:MODEL")
+    from alignlab.evaluation.endpoint import EndpointJudge
+
     return EndpointJudge(judge[1], ask.url, max_requests=ask.max_requests)
 
 

@@ -19,6 +19,7 @@ from alignlab.recipe.load import ModelSection
 
 log = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parents[1]  # beside which a checkout has accelerate_configs/; a wheel has it inside
 WAIT_MINUTES = 15  # for the host whose machine_rank is 0
 ASKED = "ALIGNLAB_WORLD_SIZE"  # how many processes a launch was asked for, handed down to each of them
 SHARDED = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}  # and what accelerate sets for it
@@ -53,8 +54,8 @@ def launch(file: Path, section: ModelSection, arguments: Sequence[str], processe
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = ["--config_file", str(file), "--num_processes", str(asked), "--rdzv_conf", f"timeout={60 * WAIT_MINUTES}"]
-    words += ["-m", "alignlab", *arguments]
+    words = ["--config_file", str(find_config(file)), "--num_processes", str(asked)]
+    words += ["--rdzv_conf", f"timeout={60 * WAIT_MINUTES}", "-m", "alignlab", *arguments]
     os.environ[ASKED] = str(asked)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what is wrong
     try:
@@ -121,8 +122,14 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
+def find_config(file: Path) -> Path:
+    """The file of this path; where there is none, the one that comes with alignlab: `accelerate_configs/ddp.yaml`."""
+    return next((path for path in (file, PACKAGE / file, PACKAGE.parent / file) if path.is_file()), file)
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """A file of `accelerate config`; MachineError where it is not one."""
+    file = find_config(file)
     if not file.is_file():
         raise MachineError(
             f"there is no launch file {file}; accelerate_configs/ holds some, `accelerate config` writes one"

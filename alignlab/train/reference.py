@@ -25,7 +25,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tqdm import tqdm
+from huggingface_hub.utils import tqdm
 from trl import DPOConfig
 
 from alignlab.disk import digest
