@@ -258,7 +258,7 @@ TIMES = {"time", "seconds", "versions", "started", "finished", "made", "wall", "
 
 
 def _timeless(value, figures: dict[str, str], name: str = ""):
-    """Without times; floats go to `figures` by their place, which `differences` compares to five digits.
+    """Without times; floats go to `figures` by their place, which `differences` compares to three digits.
 
     The last bits of a float32 product depend on where its operands lie in memory. So an evaluation that reads its
     replies scores them by other last bits than one that sampled them.
@@ -295,11 +295,11 @@ def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
 
 
 def _alike(one: str | None, other: str | None) -> bool:
-    """Equal, or figures that are equal to five digits."""
+    """Equal, or figures that are equal to three digits: a difference of two of them has no more that are certain."""
     if one == other or one is None or other is None:
         return one == other
     try:
-        return math.isclose(float(one), float(other), rel_tol=1e-5, abs_tol=1e-6)
+        return math.isclose(float(one), float(other), rel_tol=1e-3, abs_tol=1e-3)
     except ValueError:
         return False
 
