@@ -508,6 +508,28 @@ def test_a_start_that_the_hub_refuses_is_named(start, section, refusing_hub):
     assert start in said and "hf auth login" in said and "model.name" not in said
 
 
+GRANITE = {"hidden_size": 16, "intermediate_size": 16, "shared_intermediate_size": 16, "num_hidden_layers": 2}
+GRANITE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32, "mamba_n_heads": 2, "mamba_d_head": 16}
+
+
+def granite(**more):
+    config = AutoConfig.for_model("granitemoehybrid", **GRANITE, **more)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_mixture_of_experts_has_what_trls_router_loss_asks_for():
+    model = granite(layer_types=["mamba", "attention"], num_local_experts=2, output_router_logits=True)
+    models.make_sampleable(model)
+    assert model.config.num_experts == model.config.num_local_experts == 2
+    assert not model.config.output_router_logits and "num_experts" not in model.config.to_dict()
+
+
+def test_a_model_without_a_layer_of_attention_is_refused_in_one_line():
+    with pytest.raises(ModelError, match="granitemoehybrid with no layer of attention") as e:
+        models.make_sampleable(granite(layer_types=["mamba", "mamba"]))
+    assert "\n" not in str(e.value)
+
+
 def test_a_full_disk_is_not_taken_for_a_fault_of_the_model(section):
     with pytest.raises(OSError, match="No space left"), models.loading("model", section().name, section()):
         raise OSError(errno.ENOSPC, "No space left on device")
