@@ -509,7 +509,13 @@ def test_a_start_that_the_hub_refuses_is_named(start, section, refusing_hub):
 
 
 GRANITE = {"hidden_size": 16, "intermediate_size": 16, "shared_intermediate_size": 16, "num_hidden_layers": 2}
-GRANITE |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32, "mamba_n_heads": 2, "mamba_d_head": 16}
+GRANITE |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "mamba_n_heads": 2,
+    "mamba_d_head": 16,
+}
 
 
 def granite(**more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,9 @@ def make_sampleable(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False
-    if {*(getattr(config, "layer_types", None) or ["attention"])} <= {"mamba", "linear_attention", "conv"}:
+    layers = {*(getattr(config, "layer_types", None) or ["attention"])}
+    keeps = "past_key_values" in inspect.signature(model.forward).parameters  # whose length only attention knows
+    if keeps and layers <= {"mamba", "linear_attention", "conv"}:
         raise ModelError(
             f"{config.model_type} with no layer of attention cannot be sampled from by transformers 5.23; "
             "choose a model.name with attention layers"

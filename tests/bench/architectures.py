@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ |= {"WANDB_MODE": "disabled", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
 SIZE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -43,7 +43,12 @@ ARCHITECTURES = {
     "gpt_neox": {},
     "gpt_oss": {"head_dim": 16, **EXPERTS, **WINDOW},
     "granite": {},
-    "granitemoehybrid": {"shared_intermediate_size": 64, "layer_types": ["mamba", "attention"], **EXPERTS},
+    "granitemoehybrid": {
+        "shared_intermediate_size": 64,
+        "layer_types": ["mamba", "attention"],
+        "mamba_chunk_size": 16,
+        **EXPERTS,
+    },
     "lfm2": {"block_multiple_of": 16, "layer_types": ["conv", "full_attention"]},
     "mamba": {},
     "mistral": {"head_dim": 16, **WINDOW},
@@ -82,7 +87,8 @@ def main() -> None:
         print(f"{kind:18}{found[kind]['parameters']:>10,}  {found[kind]['came']}", flush=True)
     trained = sum(each["came"] == "trains" for each in found.values())
     print(f"{trained} of {len(found)} train")
-    (HERE / "results" / "architectures.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps({**kept, **found}, indent=1) + "\n")
 
 
 def make(kind: str, folder: Path) -> int:
@@ -120,6 +126,7 @@ def tried(kind: str, model: Path) -> dict[str, object]:
     ):
         code, said = run(command)
         if code:
+            said = said.replace(f"{Path.cwd()}/", "")
             return {"came": f"{command[0]}: {said}", "seconds": round(time.monotonic() - began, 1)}
     return {"came": "trains", "seconds": round(time.monotonic() - began, 1)}
 
