@@ -35,7 +35,7 @@ install: .venv/.installed  ## .venv with everything in it, once
 lab: .venv/.jupyter  ## the four notebooks, opened in Jupyter
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-notebooks: .venv/.lab  ## runs the notebooks and keeps what they show: some eight minutes on two cores
+notebooks: .venv/.lab  ## runs the notebooks and keeps what they show: five minutes on two cores
 	$(BIN)/python notebooks/run.py
 
 test-lab: .venv/.lab  ## runs the notebooks from a clean state
