@@ -28,7 +28,11 @@ install: .venv/.installed  ## .venv with everything in it, once
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lab]'
 	touch $@
 
-lab: .venv/.lab  ## the four notebooks, opened in Jupyter
+.venv/.jupyter: .venv/.lab
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[jupyter]'
+	touch $@
+
+lab: .venv/.jupyter  ## the four notebooks, opened in Jupyter
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
 notebooks: .venv/.lab  ## runs the notebooks and keeps what they show: five minutes on two cores

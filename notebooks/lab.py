@@ -1,4 +1,4 @@
-"""What the four notebooks share: short runs on `tiny`, quiet libraries, and how plots look."""
+"""What the four notebooks share: short runs on `tiny`, quiet libraries, and how plots look. Import it first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import warnings
 # Before anything heavy is imported: these are read once.
 os.environ |= {
     "TQDM_DISABLE": "1",  # progress bars would fill the page
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # nor those of loading a model
     "TRANSFORMERS_VERBOSITY": "error",  # its warnings speak to who writes training code
     "TRL_EXPERIMENTAL_SILENCE": "1",  # that ORPO is experimental, notebook 4 says itself
     "WANDB_MODE": "disabled",  # every figure is in the run directory too
@@ -21,6 +22,7 @@ logging.disable(logging.WARNING)  # what a run warns of is in its manifest, and 
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.axes import Axes
 
 import alignlab as al
@@ -32,6 +34,7 @@ plt.rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
 }
 pd.set_option("display.max_colwidth", 60)
@@ -44,12 +47,14 @@ SHORT = {
         "sft.max_steps=60",
         "sft.eval_steps=20",
         "dpo.max_steps=40",
-        "dpo.eval_steps=20",
+        "dpo.eval_steps=10",
         "dpo.learning_rate=1e-3",
         "kto.max_steps=30",
         "kto.eval_steps=30",
-        "orpo.max_steps=40",
-        "orpo.eval_steps=40",
+        "orpo.max_steps=100",  # as many as SFT and DPO together
+        "orpo.eval_steps=50",
+        "rounds.samples=2",
+        "rounds.prompts=150",
     )
 }
 
@@ -74,3 +79,9 @@ def plot(ax: Axes, run: al.Run, figure: str, label: str | None = None, **style) 
 def question(prompt: str) -> str:
     """What was asked last, without the dialogue before it."""
     return prompt.split("Human:")[-1].replace("Assistant:", "").strip()
+
+
+def texts(table: pd.DataFrame) -> HTML:
+    """The table with whole texts in its cells, each beginning at the left."""
+    at_left = {"selector": "th, td", "props": "text-align: left; vertical-align: top; white-space: pre-line"}
+    return HTML(table.style.set_table_styles([at_left]).format(precision=2).set_uuid("texts").to_html())

@@ -16,6 +16,7 @@ pytest.importorskip("nbclient", reason="the notebooks need the extra [lab]")
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 LAB = runpy.run_path(str(NOTEBOOKS / "run.py"))
 NAMES = LAB["NAMES"]
+SOLUTION = re.compile(r"<details><summary>Solution</summary>(.*?)</details>", re.DOTALL)
 MACHINE = re.compile(r"(?<![\w.:/])/(?:home|root|Users|tmp|work|opt|usr|var|mnt|private)/")
 POINTS = {  # the course's check list, each as it is called where it is shown
     "01-Setup_and_Data.ipynb": (
@@ -96,7 +97,7 @@ def test_every_point_of_the_course_has_a_heading(name):
 def test_every_notebook_has_aims_exercises_a_check_list_and_sources(name):
     text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS / name, as_version=4).cells)
     assert all(part in text for part in ("**You will**", "## Exercises", "## Check list", "## Sources", "RECIPE ="))
-    assert text.count("<details><summary>Solution</summary>") == text.count("</details>") >= 3
+    assert len(SOLUTION.findall(text)) == text.count("</details>") >= 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,18 +106,37 @@ def test_what_is_committed_is_small_and_clean(name):
     check_outputs(nbformat.read(NOTEBOOKS / name, as_version=4))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plot_names_both_axes(name):
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    plots = [cell.source for cell in notebook.cells if "plt.show()" in cell.source]
+    assert len(plots) == sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+    assert all("xlabel=" in plot and "ylabel=" in plot for plot in plots)
+
+
 @pytest.mark.lab
-def test_the_notebooks_run_from_a_clean_state(tmp_path, monkeypatch):
+def test_the_notebooks_and_their_solutions_run_from_a_clean_state(tmp_path, monkeypatch):
     """All four, in their order, beside each other: the later ones open runs of the earlier ones."""
     monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "notebooks"
     shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("runs", "__pycache__", ".ipynb_checkpoints"))
     for name in NAMES:
+        add_solutions(folder / name)
         began = time.monotonic()
         notebook = LAB["execute"](folder / name)
         print(f"{name}: {time.monotonic() - began:.0f} s")
         check_outputs(notebook)
         assert len(nbformat.writes(notebook)) < 1_000_000
+
+
+def add_solutions(file: Path) -> None:
+    """The code of the exercises' solutions, each as a cell at the end."""
+    notebook = nbformat.read(file, as_version=4)
+    solutions = SOLUTION.findall("\n".join(cell.source for cell in notebook.cells))
+    codes = [code for solution in solutions for code in re.findall(r"```python\n(.*?)```", solution, re.DOTALL)]
+    assert len(codes) >= 2
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in codes]
+    nbformat.write(notebook, file)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,4 +145,4 @@ def test_the_cell_that_switches_the_recipe_names_recipes(name):
     (line,) = [line for cell in cells for line in cell.splitlines() if line.startswith("RECIPE =")]
     named = re.findall(r'"([\w-]+)"', line)
     shipped = {file.stem for file in (NOTEBOOKS.parent / "recipes").glob("*.yaml")}
-    assert named[0] == "tiny" and len(named) == 3 and set(named) <= shipped
+    assert named == ["tiny", "gemma270m", "gpt2", "mistral"] and set(named) <= shipped

@@ -19,6 +19,7 @@ from alignlab.disk import append_line, find_damage, read_lines, write_json, writ
 from alignlab.errors import RunError
 from alignlab.recipe.load import LONGEST_NAME, load_recipe, run_name
 from alignlab.runs import run as runs
+from alignlab.runs.facts import cost_of
 from alignlab.runs.run import Run, cut_back, opened
 
 SETTINGS = {"data": {"source": "toy", "seed": 0}, "model": {"name": "toy", "lora": {"r": 16}}, "dpo": {"beta": 0.1}}
@@ -427,3 +428,36 @@ def test_a_name_of_letters_digits_and_a_few_marks_is_one(name):
 def test_the_name_that_settings_give_is_one(overrides):
     recipe = load_recipe("mistral", overrides)
     assert all(runs.check_name(run_name(recipe, stage)) for stage in ("sft", "dpo"))
+
+
+def test_the_cost_of_a_run_holds_that_of_the_runs_it_started_from(tmp_path):
+    """60 steps of SFT, 40 of DPO on it, and 20 of a run that `model.start` begins at DPO's model: 60, 100 and 120."""
+    parents = {"sft": None, "dpo": {"run": "runs/tiny/sft"}, "round": {"start": "runs/tiny/dpo/model"}}
+    for (name, parent), steps in zip(parents.items(), (60, 40, 20), strict=True):
+        (tmp_path / name).mkdir()
+        write_json(
+            tmp_path / name / "manifest.json", {"stage": "dpo", "status": "finished", "steps": steps, "parent": parent}
+        )
+    assert [cost_of(Run(tmp_path / name))["steps"] for name in parents] == [60, 100, 120]
+
+
+def test_a_model_from_elsewhere_costs_nothing_here(tmp_path):
+    write_json(
+        tmp_path / "manifest.json",
+        {"stage": "dpo", "status": "finished", "steps": 40, "parent": {"start": "some/model"}},
+    )
+    assert cost_of(Run(tmp_path)) == {"steps": 40}
+
+
+@pytest.mark.parametrize(
+    ("started", "said"),
+    [
+        (["/x/bin/alignlab", "dpo", "tiny"], "alignlab dpo tiny"),
+        (["/x/alignlab/__main__.py", "dpo", "tiny"], "alignlab dpo tiny"),
+        (["/home/ada/train.py", "--beta", "1"], "python train.py --beta 1"),
+        (["/x/ipykernel_launcher.py", "-f", "/tmp/k.json"], "python, in a notebook"),
+    ],
+)
+def test_the_command_that_began_a_run_is_kept_as_it_would_be_typed(started, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", started)
+    assert runs._command() == said

@@ -246,7 +246,7 @@ def _rounds(args: argparse.Namespace) -> None:
     found = run_rounds(recipe, name=args.run, **asked)
     folder = RUNS / recipe.name
     file = folder / f"{args.run or NAME}.json"
-    _print(render(found, file))
+    _print(f"\n{render(found, file)}")
     _print(str(write_page(found, folder, file)))
 
 

@@ -300,7 +300,7 @@ def render(found: Rounds, file: Path) -> str:
     if found.stopped:
         lines += paragraph(f"stopped after round {found.rounds[-1].k}", more="  ")
     chosen = f"best: {found.best}, {found.why}" if found.best else f"none is best: {found.why}"
-    return "\n".join(["", *lines, "", *paragraph(chosen, more="  "), str(file)])
+    return "\n".join([*lines, "", *paragraph(chosen, more="  "), str(file)])
 
 
 def round_rows(found: Rounds) -> list[Row]:

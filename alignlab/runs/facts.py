@@ -219,14 +219,24 @@ def read_run(path: Path) -> RunFacts:
 
 
 def cost_of(run: Run) -> dict[str, float]:
-    """Steps, tokens and hours of training, with those of the SFT run that it started from; what is known of them."""
-    made, before = run.manifest, parent_of(run)
+    """Steps, tokens and hours of training, with those of the run that it started from; what is known of them."""
+    made, before = run.manifest, _started_from(run)
     hours = None if made.training_seconds is None else made.training_seconds * (made.world_size or 1) / 3600
     found: dict[str, Any] = {"steps": made.steps, "tokens": made.tokens, "hours": hours}
     earlier = cost_of(before) if before and before.has_started else dict.fromkeys(found, 0.0)
     if made.parent and made.parent.run and before is None:
         return {}
     return {name: its + earlier[name] for name, its in found.items() if its is not None and name in earlier}
+
+
+def _started_from(run: Run) -> Run | None:
+    """The run before it: its SFT run, or the one whose model `model.start` names, as a round's does."""
+    parent = run.manifest.parent
+    if not parent or not parent.start:
+        return parent_of(run)
+    model = Path(parent.start)
+    places = (run.path.absolute().parent / model.parent.name, model.parent)
+    return next((found for found in map(Run, places) if found.has_started and found.model.name == model.name), None)
 
 
 def cost_rows(spent: Mapping[str, Mapping[str, float]]) -> list[Row]:

@@ -599,12 +599,21 @@ def _circumstances(stage: str, consumed: Mapping[str, Any]) -> dict[str, Any]:
         "status": "running",
         "stop_reason": None,
         "consumed": consumed,
-        "command": " ".join(["alignlab", *sys.argv[1:]]),
+        "command": _command(),
         "versions": package_versions(),
         "git_commit": _git_commit(),
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _command() -> str:
+    """The command line that began the run; that of a notebook's kernel would say nothing."""
+    script = Path(sys.argv[0])
+    if script.name == "ipykernel_launcher.py":
+        return "python, in a notebook"
+    is_ours = script.stem == "alignlab" or script.parent.name == "alignlab"
+    return " ".join([*(["alignlab"] if is_ours else ["python", script.name]), *sys.argv[1:]])
 
 
 def package_versions() -> dict[str, str]:
