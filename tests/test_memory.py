@@ -361,6 +361,16 @@ def test_what_was_measured_is_not_measured_again(monkeypatch):
     assert plan(load_recipe("tiny"), "dpo", cuda=False).moments == first.moments
 
 
+@pytest.mark.parametrize("damage", [lambda text: "[]", lambda text: text[:9], lambda text: text.replace("1", "2", 1)])
+def test_what_was_measured_and_then_changed_is_measured_again(damage, monkeypatch, tmp_path):
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path))
+    first = plan(load_recipe("tiny"), "sft", cuda=False)
+    files = [*tmp_path.glob("plans/*.json")]
+    for file in files:
+        file.write_text(damage(file.read_text()))
+    assert files and plan(load_recipe("tiny"), "sft", cuda=False).moments == first.moments
+
+
 def test_a_model_that_is_no_language_model_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     recipe = load_recipe("mistral", [f"model.name={tmp_path}"])

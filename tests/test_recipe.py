@@ -276,6 +276,11 @@ def test_a_fault_is_one_line_with_its_place_and_its_remedy(line, fault):
     assert faults(f"extends: base\nabout: a\n{line}\n") == [fault]
 
 
+def test_an_override_that_is_a_comment_has_no_value():
+    said = "command line: 'dpo.beta=# 0.3' has no value; quote one that begins with #"
+    assert faults("data: {source: toy}\nmodel: {name: toy}\n", "dpo.beta=# 0.3") == [said]
+
+
 def test_every_fault_is_reported_at_once_with_file_or_override():
     assert faults("data: {source: toy}\ndpo: {bta: 1, beta: abc}\n", "sft.learning_rate=-1", "dpo.seed=", "oops") == [
         "command line: 'dpo.seed=' is not an override; write section.key=value, such as dpo.beta=0.3",

@@ -189,6 +189,16 @@ def rows_of(splits):
     ]
 
 
+@pytest.mark.parametrize("value", [["test"], {"name": "test"}, 7, None])
+def test_a_field_split_that_is_no_text_names_no_split(value, tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    named = rows_of({"train": numbered("bread", 30), "test": numbered("rice", 9)})
+    rows = [*named, *({**row, "split": value} for row in rows_of({"": ["tea"]}))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read(tokenizer, path)
+    assert sum(found.kept.values()) == 40 and found.kept["test"] == 9
+
+
 def test_a_field_split_is_said_and_what_it_leaves_out_is_carved(tokenizer, tmp_path, caplog):
     """300 training rows come before the test rows: more than are read to tell what a file holds."""
     path = tmp_path / "rows.jsonl"

@@ -58,7 +58,8 @@ class Part:
 
     def split_of(self, row: Row) -> str | None:
         """The split that the part or the row brings; none where its dialogue's share decides."""
-        split = self.split or self.row_splits.get(row.fields.get("split"))
+        said = row.fields.get("split")
+        split = self.split or (self.row_splits.get(said) if isinstance(said, str) else None)
         return None if split == "train" and not self.names_all_splits else split
 
     @property

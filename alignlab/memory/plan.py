@@ -18,13 +18,14 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from alignlab.disk import cache_folder, digest, write_json
+from alignlab.disk import cache_folder, digest, read_record, write_record
 from alignlab.errors import AlignlabError, ModelError
 from alignlab.memory.outline import config_of, outline, samples
 from alignlab.memory.steps import Job, Row, measure
 from alignlab.recipe.arguments import TrainingContext, trl_arguments
 from alignlab.recipe.fields import library_settings
 from alignlab.recipe.load import Recipe
+from alignlab.text.estimate import is_number
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
@@ -129,7 +130,8 @@ def _measured(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Mapp
     facts = [job.facts, shape, list(layers), _code_and_versions()]
     file = cache_folder() / "plans" / f"{digest(json.loads(json.dumps(facts, default=str)))}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(file.read_text(encoding="utf-8"))
+        if (kept := read_record(file)) and all(is_number(size) for size in kept.values()):
+            return kept
     try:
         found = measure(job, config, layers)
     except AlignlabError:
@@ -139,7 +141,7 @@ def _measured(job: Job, config: PreTrainedConfig, layers: Sequence[int]) -> Mapp
         raise ModelError(f"no memory plan for {name}: its steps fail where no numbers are there ({why})") from e
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, found)
+        write_record(file, found)
     return found
 
 

@@ -116,7 +116,9 @@ def read_overrides(overrides: Sequence[str], faults: list[str]) -> dict[Key, Wri
         text = Text(_plain(value), where, Path(), is_file=False)
         try:
             loader, node = text.compose()
-            assert node is not None, "a value was written"
+            if node is None:  # a comment and nothing else
+                faults.append(f"{where} has no value; quote one that begins with #")
+                continue
             leaves = list(text.leaves(loader, node, tuple(name.split(".")), faults))
         except RecipeError as error:
             faults.append(str(error))
