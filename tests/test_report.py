@@ -352,6 +352,15 @@ def test_compared_runs_show_what_differs_first(tmp_path):
     assert headings[:3] == ["What differs", "Figures", "Curves"]
 
 
+@pytest.mark.parametrize("damaged", ["{}", "[1]", '{"kind": '])
+def test_the_facts_of_a_page_are_made_again_whatever_became_of_them(damaged, tmp_path):
+    page = write_report(make(tmp_path / "tiny" / "dpo"))
+    sound = facts_beside(page)
+    page.with_suffix(".json").write_text(damaged)
+    write_report(page.parent)
+    assert facts_beside(page).keys() == sound.keys()
+
+
 def test_runs_of_different_data_are_compared_with_a_banner(tmp_path):
     paths = [make(tmp_path / name / "dpo", data={**FINISHED["data"], "fingerprint": name}) for name in ("aaa", "bbb")]
     text = Elements(write_comparison(paths)).text

@@ -247,12 +247,12 @@ def _write(page: Page, file: Path, figures: Path | None) -> Path:
 
 def _is_of_another(file: Path) -> bool:
     """Whether no page wrote this JSON file: `rounds.json` beside `rounds.html` is what `alignlab rounds` found."""
+    if file.name in ("report.json", "compare.json") or not file.is_file():  # ours, and made again where damaged
+        return False
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return file.name not in ("report.json", "compare.json")  # what a killed or damaged page left is made again
+    except (ValueError, RecursionError):
+        return True
     return not (isinstance(found, dict) and "kind" in found and "columns" in found)
 
 
